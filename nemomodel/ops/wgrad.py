@@ -1,0 +1,28 @@
+"""Where a hand-written backward pass puts the gradient of a weight."""
+
+import torch
+from torch import Tensor
+
+
+def deliver_grad(weight: Tensor, grad: Tensor) -> Tensor | None:
+    """Hand `grad` to `weight`, and return what `backward` returns for it.
+
+    A parameter with an FP32 `main_grad` buffer (given by the data-parallel wrapper) collects
+    its gradient there, over micro-batches and repeated uses, so no gradient is rounded to the
+    weight's dtype. Without that buffer the gradient goes the way of autograd.
+
+    Every use of a weight in one model must deliver the same way: the wrapper drops the autograd
+    gradient of a weight whose `grad_added_to_main_grad` is set. Keep the parameter itself on
+    `ctx` (`ctx.weight = weight`): recomputation unpacks saved tensors as detached copies, which
+    have lost these attributes.
+    """
+    assert weight.requires_grad, "deliver_grad: needs the parameter itself, not a detached copy"
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        return grad.to(weight.dtype)
+    main_grad.add_(grad)  # accumulates in FP32 whatever the dtype of grad
+    weight.grad_added_to_main_grad = True
+    if getattr(weight, "needs_dummy_grad", False):
+        # Overlapped reduction starts when autograd delivers something; nobody reads the values.
+        return torch.empty_like(weight)
+    return None
