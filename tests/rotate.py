@@ -1,0 +1,44 @@
+"""pytest plugin: of the tests marked `slow`, run the slice of the day; `--slow` runs them all.
+
+Choosing tests by hand (`-m` with the word slow, or a node id with `::`) switches the plugin off.
+"""
+
+import os
+import time
+import zlib
+
+import pytest
+
+SLICES = 5
+
+# Workers of pytest-xdist inherit the environment, so all of them use one day even at midnight.
+DAY = int(os.environ.setdefault("NEMOMODEL_TEST_DAY", str(int(time.time()) // 86400)))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run every slow test, not one slice")
+
+
+def _rotates(config: pytest.Config) -> bool:
+    by_hand = "slow" in config.option.markexpr or any("::" in arg for arg in config.args)
+    return not (config.option.slow or by_hand)
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if not _rotates(config):
+        return None
+    return f"slow tests: slice {DAY % SLICES + 1} of {SLICES} (changes daily; --slow runs all)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not _rotates(config):
+        return
+    other = [
+        item
+        for item in items
+        if item.get_closest_marker("slow")
+        and zlib.crc32(item.nodeid.encode()) % SLICES != DAY % SLICES
+    ]
+    if other:
+        config.hook.pytest_deselected(items=other)
+        items[:] = [item for item in items if item not in set(other)]
