@@ -94,7 +94,9 @@ def _model(model: ModelConfig) -> Iterator[str]:
                 f"model.moe.top_groups={moe.top_groups} is more than model.moe.num_groups="
                 f"{moe.num_groups}; use at most {moe.num_groups}"
             )
-        elif moe.top_k > (reach := moe.top_groups * moe.num_experts // moe.num_groups):
+        elif moe.num_groups > 1 and moe.top_k > (
+            reach := moe.top_groups * moe.num_experts // moe.num_groups
+        ):
             yield (
                 f"model.moe.top_k={moe.top_k} is more than the {reach} experts of "
                 f"model.moe.top_groups={moe.top_groups} groups; use at most {reach}"

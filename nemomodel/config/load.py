@@ -19,6 +19,21 @@ from pydantic import TypeAdapter, ValidationError
 from nemomodel.config.checks import problems
 from nemomodel.config.schema import Config
 
+_WANTED = {
+    "greater_than": "a value above {gt}",
+    "greater_than_equal": "a value of at least {ge}",
+    "less_than": "a value below {lt}",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_too_short": "a text that is not empty",
+    "string_type": "a text",
+    "tuple_type": "a list",
+    "dataclass_type": "a section of keys",
+}
+"""What a value should be, by pydantic's error type; other types word it well themselves."""
+
 
 class ConfigError(ValueError):
     """A config file or override is wrong. The message lists every problem found."""
@@ -79,9 +94,12 @@ def _merge(raw: dict[str, Any], override: str) -> None:
         if not isinstance(raw, dict):
             raise ConfigError(f"override {override!r}: {section!r} is not a section")
     try:
-        raw[name] = tomllib.loads(f"value = {value}")["value"]
+        parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
-        raw[name] = value  # a bare word is a string: precision.recipe=fp32
+        parsed = {"value": value}  # a bare word is a string: precision.recipe=fp32
+    if len(parsed) > 1:
+        raise ConfigError(f"override {override!r}: expected one key; give each its own argument")
+    raw[name] = parsed["value"]
 
 
 def _none(value: Any) -> Any:
@@ -105,8 +123,12 @@ def _explain(error: Any) -> str:
         return f"{where}: unknown key; {hint}"
     if error["type"] == "missing":
         return f"{where}: required, and not given"
-    message = error["msg"].removeprefix("Input should be ")
-    return f"{where}={error['input']!r}: is not allowed; use {message}"
+    value = "none" if error["input"] is None else json.dumps(error["input"])
+    if wanted := _WANTED.get(error["type"]):
+        wanted = wanted.format(**error.get("ctx", {}))
+    else:
+        wanted = error["msg"].removeprefix("Input should be ")
+    return f"{where}={value}: is not allowed; use {wanted}"
 
 
 def _section(cls: type, path: tuple[str | int, ...]) -> type:

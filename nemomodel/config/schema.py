@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
+from pydantic import AllowInfNan
 
 from nemomodel.config.pattern import LayerKind, parse_pattern
 
@@ -17,8 +18,8 @@ Count = Annotated[int, Gt(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 """At least 0, below 1."""
 
-Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0), AllowInfNan(False)]
+NotNegative = Annotated[float, Ge(0), AllowInfNan(False)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +218,11 @@ class OptimConfig:
     min_lr: NotNegative = 0.0
     """Learning rate after the decay."""
     beta1: Fraction = 0.9
+    """Decay of the mean gradient per step; 0 is no momentum."""
     beta2: Fraction = 0.95
+    """Decay of the mean squared gradient per step."""
     eps: Positive = 1e-8
+    """Added to the root of the mean squared gradient; large values turn AdamW towards momentum."""
     weight_decay: NotNegative = 0.1
     """Decoupled; matrices, embeddings and the conv weight only (vectors never decay)."""
     grad_clip: Positive | None = 1.0
