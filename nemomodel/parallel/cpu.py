@@ -1,0 +1,91 @@
+"""The CPU seam: lets megatron-core run in a process without CUDA.
+
+megatron-core calls `torch.cuda.*` unconditionally and decorates small functions with
+`torch.compile`. `install()` gives those calls their CPU meaning. Where CUDA exists it changes
+nothing. This is the one place of the project that patches another package. Every module that
+imports megatron calls it first.
+"""
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def install() -> None:
+    """Import megatron-core, with the CPU meaning of `torch.cuda.*` where there is no CUDA."""
+    if "megatron.core" in sys.modules:
+        return
+    if not torch.cuda.is_available():
+        _patch_torch()
+    with _quiet_import():
+        import megatron.core
+        import megatron.core.dist_checkpointing
+        import megatron.core.optimizer  # noqa: F401
+
+
+def _patch_torch() -> None:
+    stream = torch.cpu.current_stream()
+    torch.cuda.current_stream = lambda device=None: stream
+    torch.cuda.current_device = lambda: "cpu"
+    torch.cuda.synchronize = lambda device=None: None
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
+        setattr(torch, name, _redirect_device(getattr(torch, name)))
+    torch.Tensor.cuda = _cuda
+    torch.Tensor.type = _type(torch.Tensor.type)
+
+
+def _from_megatron(depth: int) -> bool:
+    """Whether the caller of the patched function is megatron-core: the seam answers no other."""
+    return sys._getframe(depth).f_globals.get("__name__", "").startswith("megatron.")
+
+
+def _redirect_device(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("device") == "cuda" and _from_megatron(2):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _cuda(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if not _from_megatron(2):
+        raise RuntimeError("Tensor.cuda(): this process has no CUDA device")
+    return self
+
+
+def _type(type_of: Callable[..., Any]) -> Callable[..., Any]:
+    """megatron-core's optimizers sort parameters by the name "torch.cuda.FloatTensor"."""
+
+    def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = type_of(self, *args, **kwargs)
+        if isinstance(result, str) and _from_megatron(2):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    return type_
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Import time: no advice to install CUDA packages, and no compiler in a CPU process.
+
+    `torch.compile` as a decorator imports its whole back end and would compile C++ for half a
+    minute in the first step, for functions of three elementwise lines.
+    """
+    compile_ = torch.compile
+    if not torch.cuda.is_available():
+        torch.compile = lambda model=None, **_: model if model is not None else lambda fn: fn
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not")
+            yield
+    finally:
+        torch.compile = compile_
