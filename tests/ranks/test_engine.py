@@ -241,7 +241,6 @@ def test_schedule_is_that_of_the_oracle(ranks: Ranks, kind: str) -> None:
             min_lr=config.optim.min_lr,
             steps=config.train.steps,
         )
-        assert {group["lr"] for group in optimizer.param_groups} == {pytest.approx(expected)}, n
         assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(expected)] * 2
         scheduler.step(1)
 
