@@ -26,3 +26,19 @@ def deliver_grad(weight: Tensor, grad: Tensor) -> Tensor | None:
         # Overlapped reduction starts when autograd delivers something; nobody reads the values.
         return torch.empty_like(weight)
     return None
+
+
+def widen(weight: Tensor) -> Tensor:
+    """`weight` in FP32 for a kernel of another package, whose gradient is then delivered in FP32."""
+    return _Widen.apply(weight)
+
+
+class _Widen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.weight = weight
+        return weight.float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return deliver_grad(ctx.weight, grad)

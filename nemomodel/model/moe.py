@@ -1,0 +1,130 @@
+"""LatentMoE (arXiv:2601.18089): y = W_up sum_k gate_k expert_k(W_down x) + shared(x)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nemomodel.config.schema import MoeConfig
+from nemomodel.model.layers import MLP, Linear
+from nemomodel.ops.activation import gated_squared_relu
+from nemomodel.ops.experts import (
+    Permutation,
+    add_copies,
+    copy_tokens,
+    grouped_linear,
+    permute_gates,
+)
+from nemomodel.ops.linear import linear_fp32
+
+
+class Routing(NamedTuple):
+    """What a router decided about one micro-batch."""
+
+    expert_TK: Tensor  # chosen experts, int64
+    gate_TK: Tensor  # their weights, FP32
+    balance: Tensor  # sequence-level auxiliary loss, summed over sequences, scalar
+
+
+class Router(nn.Module):
+    """Sigmoid scores in FP32; a bias that balances the load takes part in the choice alone.
+
+    The bias is moved by `update_bias` once per global batch (auxiliary-loss-free balancing,
+    arXiv:2408.15664); the gates are the unbiased scores, so it has no gradient.
+    """
+
+    def __init__(self, config: MoeConfig, hidden_size: int, *, dtype: torch.dtype):
+        super().__init__()
+        self.config = config
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, dtype=dtype))
+        self.register_buffer("expert_bias", torch.empty(config.num_experts, dtype=wide))
+
+    def forward(self, x_SBD: Tensor) -> Routing:
+        score_SBE = linear_fp32(x_SBD, self.weight).sigmoid()
+        score_TE = score_SBE.flatten(0, 1)
+        expert_TK = self._choose(score_TE.detach() + self.expert_bias)
+        gate_TK = score_TE.gather(-1, expert_TK)
+        if self.config.normalize_gates:
+            gate_TK = gate_TK / (gate_TK.sum(-1, keepdim=True) + 1e-20)
+        gate_TK = gate_TK * self.config.routed_scaling_factor
+        return Routing(expert_TK, gate_TK, self._balance(score_SBE, expert_TK))
+
+    def _choose(self, biased_TE: Tensor) -> Tensor:
+        c = self.config
+        if c.top_groups < c.num_groups:
+            by_group = biased_TE.unflatten(-1, (c.num_groups, -1))
+            # A group stands as high as its best two experts together.
+            rank_TG = by_group.topk(2, dim=-1).values.sum(-1)
+            kept = torch.zeros_like(rank_TG, dtype=torch.bool)
+            kept.scatter_(-1, rank_TG.topk(c.top_groups, dim=-1, sorted=False).indices, True)
+            biased_TE = by_group.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
+        return biased_TE.topk(c.top_k, dim=-1, sorted=False).indices
+
+    def _balance(self, score_SBE: Tensor, expert_TK: Tensor) -> Tensor:
+        """sum over sequences of sum_e f_e P_e, 1 per sequence when the load is even.
+
+        f_e = E / (K S) * tokens that chose e; P_e = mean over tokens of score_e / sum score
+        (arXiv:2412.19437, equations 17 to 20).
+        """
+        S, B, E = score_SBE.shape
+        chosen_SBE = torch.zeros_like(score_SBE).view(S * B, E).scatter_(-1, expert_TK, 1.0)
+        load_BE = chosen_SBE.view(S, B, E).sum(0) * (E / (self.config.top_k * S))
+        share_BE = (score_SBE / (score_SBE.sum(-1, keepdim=True) + 1e-20)).mean(0)
+        return (load_BE * share_BE).sum()
+
+    @torch.no_grad()
+    def update_bias(self, count_E: Tensor) -> None:
+        """Raise the bias of experts below the mean load, lower it above.
+
+        Args:
+            count_E: token copies per expert over the global batch, summed over all ranks.
+        """
+        count_E = count_E.to(self.expert_bias.dtype)
+        direction_E = (count_E.mean() - count_E).sign()
+        self.expert_bias.add_(direction_E, alpha=self.config.bias_update_rate)
+
+
+class Experts(nn.Module):
+    """fc2_e relu(fc1_e z)^2 for rows grouped by expert; gates enter before fc2, which is linear."""
+
+    def __init__(self, num_experts: int, size: int, ffn_size: int, *, dtype: torch.dtype):
+        super().__init__()
+        self.fc1 = nn.Parameter(torch.empty(num_experts, ffn_size, size, dtype=dtype))
+        self.fc2 = nn.Parameter(torch.empty(num_experts, size, ffn_size, dtype=dtype))
+
+    def forward(self, z_RL: Tensor, gate_R: Tensor, count_E: Tensor) -> Tensor:
+        h_RF = gated_squared_relu(grouped_linear(z_RL, self.fc1, count_E), gate_R)
+        return grouped_linear(h_RF, self.fc2, count_E)
+
+
+class LatentMoE(nn.Module):
+    """Mixture of experts whose routed experts work at a narrow latent width L.
+
+    Router and shared expert see the full width D. Without `latent_size` the routed experts do
+    too, and the two projections are absent: the plain MoE of Nemotron 3 Nano.
+    """
+
+    def __init__(self, config: MoeConfig, hidden_size: int, *, dtype: torch.dtype):
+        super().__init__()
+        self.router = Router(config, hidden_size, dtype=dtype)
+        size = config.latent_size or hidden_size
+        if config.latent_size:
+            self.latent_down = Linear(hidden_size, size, dtype=dtype)
+            self.latent_up = Linear(size, hidden_size, dtype=dtype)
+        else:
+            self.latent_down = self.latent_up = nn.Identity()
+        self.experts = Experts(config.num_experts, size, config.ffn_size, dtype=dtype)
+        self.shared_expert = MLP(hidden_size, config.shared_ffn_size, dtype=dtype)
+
+    def forward(self, x_SBD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns y_SBD, the token copies per expert [E], and the auxiliary loss of `Router`."""
+        routing = self.router(x_SBD)
+        order = Permutation.by_expert(routing.expert_TK, len(self.experts.fc1))
+        z_TL = self.latent_down(x_SBD).flatten(0, 1)
+        gate_R = permute_gates(routing.gate_TK, order)
+        y_RL = self.experts(copy_tokens(z_TL, order), gate_R, order.count_E)
+        # latent_up is linear: projecting the sum once equals projecting every copy.
+        y_TL = add_copies(y_RL, order)
+        y_SBD = self.latent_up(y_TL.view(*x_SBD.shape[:2], -1)) + self.shared_expert(x_SBD)
+        return y_SBD, order.count_E, routing.balance

@@ -1,0 +1,135 @@
+"""Routed experts on one device: permutation of token copies and grouped matrix products."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemomodel.ops.wgrad import deliver_grad
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Order that groups the K copies of every token by expert. R = T * K rows."""
+
+    token_R: Tensor  # which token a row is a copy of
+    row_TK: Tensor  # which row is the copy of token t for its k-th expert
+    count_E: Tensor  # rows of each expert, int64
+
+    @staticmethod
+    def by_expert(expert_TK: Tensor, num_experts: int) -> "Permutation":
+        expert_R = expert_TK.flatten()
+        order_R = expert_R.argsort(stable=True)
+        row_R = torch.empty_like(order_R)
+        row_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+        count_E = torch.bincount(expert_R, minlength=num_experts)
+        return Permutation(order_R // expert_TK.shape[1], row_R.view_as(expert_TK), count_E)
+
+
+def copy_tokens(z_TL: Tensor, order: Permutation) -> Tensor:
+    """Row r is a copy of token token_R[r]: [R, L]."""
+    return _CopyTokens.apply(z_TL, order)
+
+
+def add_copies(y_RL: Tensor, order: Permutation) -> Tensor:
+    """The sum of every token's K rows: [T, L]; the transpose of `copy_tokens`."""
+    return _AddCopies.apply(y_RL, order)
+
+
+def permute_gates(gate_TK: Tensor, order: Permutation) -> Tensor:
+    """The gate of every row: [R]."""
+    return _PermuteGates.apply(gate_TK, order)
+
+
+def grouped_linear(x_RI: Tensor, weight: Tensor, count_E: Tensor) -> Tensor:
+    """y = x W_e^T for the count_E[e] consecutive rows of each expert e.
+
+    Args:
+        weight: [E, O, I]; its gradient accumulates in FP32.
+    """
+    return _GroupedLinear.apply(x_RI, weight, count_E)
+
+
+def _sum_rows(y_RL: Tensor, order: Permutation) -> Tensor:
+    T, K = order.row_TK.shape
+    return y_RL[order.row_TK.flatten()].view(T, K, -1).sum(1)
+
+
+class _CopyTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, order):
+        ctx.order = order
+        return z[order.token_R]
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _sum_rows(dy, ctx.order), None
+
+
+class _AddCopies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, order):
+        ctx.order = order
+        return _sum_rows(y, order)
+
+    @staticmethod
+    def backward(ctx, dz):
+        return dz[ctx.order.token_R], None
+
+
+class _PermuteGates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, order):
+        ctx.row_TK = order.row_TK
+        gate_R = torch.empty_like(gate).flatten()
+        gate_R[order.row_TK.flatten()] = gate.flatten()
+        return gate_R
+
+    @staticmethod
+    def backward(ctx, d_gate_R):
+        return d_gate_R[ctx.row_TK], None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, count_E):
+        ctx.save_for_backward(x, count_E)
+        ctx.weight = weight
+        return _grouped(x, weight.mT, count_E)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, count_E = ctx.saved_tensors
+        dx = _grouped(dy, ctx.weight, count_E) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
+        return dx, deliver_grad(ctx.weight, _grouped_wgrad(dy, x, count_E)), None
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] >= 9
+
+
+def _grouped(x_RI: Tensor, weight_EIO: Tensor, count_E: Tensor) -> Tensor:
+    if _has_kernel(x_RI):
+        return torch._grouped_mm(x_RI, weight_EIO, offs=count_E.cumsum(0, dtype=torch.int32))
+    y_RO = x_RI.new_empty(len(x_RI), weight_EIO.shape[-1])
+    start = 0
+    for e, count in enumerate(count_E.tolist()):
+        if count:
+            rows = slice(start, start + count)
+            torch.mm(x_RI[rows], weight_EIO[e], out=y_RO[rows])
+        start += count
+    return y_RO
+
+
+def _grouped_wgrad(dy_RO: Tensor, x_RI: Tensor, count_E: Tensor) -> Tensor:
+    if _has_kernel(x_RI):
+        return torch._grouped_mm(dy_RO.mT, x_RI, offs=count_E.cumsum(0, dtype=torch.int32))
+    dw_EOI = x_RI.new_empty(len(count_E), dy_RO.shape[1], x_RI.shape[1])
+    start = 0
+    for e, count in enumerate(count_E.tolist()):
+        rows = slice(start, start + count)
+        torch.mm(dy_RO[rows].mT, x_RI[rows], out=dw_EOI[e])  # no rows: zeros
+        start += count
+    return dw_EOI

@@ -1,0 +1,83 @@
+"""Matrix products with a weight: linear, FP32 linear, embedding look-up."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemomodel.ops.wgrad import deliver_grad
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """y = x W^T for x [..., D] and weight [F, D]; the weight gradient accumulates in FP32."""
+    return _Linear.apply(x, weight)
+
+
+def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """`linear` computed in FP32 (FP64 for FP64 input) whatever the dtypes; keeps x as it is."""
+    return _LinearFp32.apply(x, weight)
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight [V, D]; the gradient of repeated ids accumulates in FP32."""
+    return _Embedding.apply(ids, weight)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x)
+        ctx.weight = weight
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        dx = dy @ ctx.weight if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None
+        dw = dy.flatten(0, -2).T @ x.flatten(0, -2)
+        return dx, deliver_grad(ctx.weight, dw)
+
+
+class _LinearFp32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x)
+        ctx.weight = weight
+        return F.linear(_wide(x), _wide(weight))
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        dx = (dy @ _wide(ctx.weight)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None
+        dw = dy.flatten(0, -2).T @ _wide(x).flatten(0, -2)
+        return dx, deliver_grad(ctx.weight, dw)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, weight):
+        ctx.save_for_backward(ids)
+        ctx.weight = weight
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (ids,) = ctx.saved_tensors
+        rows, weight = ids.flatten(), ctx.weight
+        # Sorting by row first adds up a frequent token's gradient before it meets the table.
+        unique, place = rows.unique(return_inverse=True)
+        dw_rows = dy.new_zeros(len(unique), dy.shape[-1], dtype=_accumulator(dy.dtype))
+        dw_rows.index_add_(0, place, dy.flatten(0, -2).to(dw_rows.dtype))
+        dw = torch.zeros(weight.shape, dtype=dw_rows.dtype, device=dy.device)
+        return None, deliver_grad(weight, dw.index_copy_(0, unique, dw_rows))
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_accumulator(x.dtype))

@@ -1,0 +1,82 @@
+"""Linear head and cross-entropy in chunks of tokens: no whole logits, no second pass."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemomodel.ops.wgrad import deliver_grad
+
+CHUNK_BYTES = 32 * 2**20
+"""Size of the FP32 logits that exist at one time."""
+
+
+class Targets(NamedTuple):
+    """What one head is to predict from hidden_TD."""
+
+    hidden_TD: Tensor
+    label_T: Tensor
+    """int64 token ids."""
+    weight_T: Tensor
+    """Factor of each token's cross-entropy in the total; 0 where there is no target."""
+
+
+def linear_cross_entropy(heads: list[Targets], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted cross-entropy of several hidden states under one head `weight` [V, D].
+
+    Returns:
+        total: sum of weight_T * cross-entropy over all heads (scalar, differentiable with
+            respect to the hidden states and the head weight);
+        sums: unweighted sum of the cross-entropy where weight_T is not 0, one per head.
+
+    The gradients are formed in the forward pass, while a chunk's probabilities exist. The head
+    gradient is one FP32 sum over all heads, so small MTP terms are not lost to rounding.
+    """
+    hiddens = [head.hidden_TD for head in heads]
+    labels = [head.label_T for head in heads]
+    weights = [head.weight_T for head in heads]
+    return _LinearCrossEntropy.apply(weight, labels, weights, *hiddens)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, labels, weights, *hiddens):
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        chunk = max(1, CHUNK_BYTES // (4 * len(weight)))
+        need_hidden, need_weight = any(ctx.needs_input_grad[3:]), ctx.needs_input_grad[0]
+        dw = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        d_hiddens = [torch.empty_like(h) if need_hidden else None for h in hiddens]
+        sums = torch.zeros(len(hiddens), dtype=wide, device=weight.device)
+        total = torch.zeros((), dtype=wide, device=weight.device)
+        for i, hidden in enumerate(hiddens):
+            for start in range(0, len(hidden), chunk):
+                part = slice(start, start + chunk)
+                h, label, factor = hidden[part], labels[i][part], weights[i][part].to(wide)
+                logits = F.linear(h, weight).to(wide)
+                lse = logits.logsumexp(-1)
+                loss = lse - logits.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+                loss = loss.masked_fill_(factor == 0, 0)
+                sums[i] += loss.sum()
+                total += loss @ factor
+                if not (need_hidden or need_weight):
+                    continue
+                d_logits = logits.sub_(lse.unsqueeze(-1)).exp_()
+                d_logits.scatter_add_(-1, label.unsqueeze(-1), -torch.ones_like(factor)[:, None])
+                d_logits = d_logits.mul_(factor.unsqueeze(-1)).to(h.dtype)
+                if need_hidden:
+                    torch.mm(d_logits, weight, out=d_hiddens[i][part])
+                if need_weight:
+                    dw += d_logits.T @ h
+        ctx.weight = weight
+        ctx.save_for_backward(dw, *d_hiddens)
+        ctx.mark_non_differentiable(sums)
+        return total, sums
+
+    @staticmethod
+    def backward(ctx, d_total, _):
+        dw, *d_hiddens = ctx.saved_tensors
+        if dw is not None:
+            dw = deliver_grad(ctx.weight, dw * d_total)
+        scaled = (d * d_total.to(d.dtype) if d is not None else None for d in d_hiddens)
+        return dw, None, None, *scaled
