@@ -1,0 +1,32 @@
+"""The closed list of metrics. A name that is not here is a bug, found at its first write."""
+
+import re
+from collections.abc import Mapping
+
+METRICS = {
+    "loss/lm": "cross-entropy of the main head, nats per token",
+    "loss/mtp_{k}": "cross-entropy of MTP depth k (from 1), nats per token",
+    "loss/aux": "load-balancing loss, weighted, as it enters the total",
+    "loss/validation": "loss/lm on the validation sequences",
+    "loss/validation_mtp_{k}": "loss/mtp_{k} on the validation sequences",
+    "loss/validation_bits_per_byte": "loss/validation per byte of text, in bits",
+    "optim/grad_norm": "global gradient norm before clipping",
+    "optim/lr": "learning rate of the step",
+    "moe/max_violation": "largest over layers of (busiest expert's load / mean load - 1)",
+    "moe/max_violation/main": "the same over the MoE layers of the main stack",
+    "moe/max_violation/mtp": "the same over the MoE layers of the MTP blocks",
+    "moe/worst_layer": "index of the layer that moe/max_violation comes from",
+    "data/tokens": "tokens trained on since step 0, over all ranks",
+    "perf/tokens_per_s": "tokens per second of wall time, over all ranks",
+    "perf/mfu": "model FLOPs per second over the peak of all devices, 0 to 1",
+    "perf/step_s": "seconds of wall time per step",
+    "perf/overhead_fraction": "share of a step outside forward, backward and optimizer, 0 to 1",
+    "perf/memory_gb": "peak memory allocated on one device, 1e9 bytes",
+}
+"""Name -> meaning and unit. `{k}` stands for a number."""
+
+
+def check_names(values: Mapping[str, float]) -> None:
+    """Every name is on the list."""
+    unknown = [name for name in values if re.sub(r"(?<=mtp_)\d+$", "{k}", name) not in METRICS]
+    assert not unknown, f"metrics not in METRICS of observe/metrics.py: {unknown}"
