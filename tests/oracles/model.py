@@ -167,8 +167,8 @@ def attention_mixer_oracle(
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), exact for large x too (torch's own turns linear above 20)."""
-    return torch.relu(x) + torch.log1p(torch.exp(-x.abs()))
+    """log(1 + exp(x)), exact above 20 too, where torch's own turns linear."""
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -486,6 +486,14 @@ def test_router_and_moe_equal_transformers(draw: Callable, moe_changes: dict) ->
     assert torch.equal(count_E, indices.flatten().bincount(minlength=e.num_experts))
 
 
+def test_softplus_equals_torch_with_its_gradient() -> None:
+    x = torch.tensor([-40.0, -1.0, 0.0, 1.0, 15.0], dtype=torch.float64, requires_grad=True)
+    ours, theirs = model_oracle.softplus(x), functional.softplus(x)
+    assert_close(ours, theirs, limit=1e-14, name="value")
+    (ours_grad,) = torch.autograd.grad(ours.sum(), x)
+    assert_close(ours_grad, torch.sigmoid(x), limit=1e-14, name="gradient")
+
+
 def test_time_step_clamp_changes_small_steps_only() -> None:
     config = model_config(layer_pattern="M", moe=None, attention=None, ffn_size=None, mtp=None)
     params = model_oracle.random_params(config, seed=4)
