@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import math
+import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -143,7 +144,7 @@ class WandbSink:
 
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            write_atomically(id_file, wandb.util.generate_id())
+            write_atomically(id_file, secrets.token_hex(4))
         self.run = wandb.init(
             project=project,
             name=run_dir.name,
