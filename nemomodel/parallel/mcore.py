@@ -183,20 +183,24 @@ def wrap_ddp(model: nn.Module, config: Config, ranks: Ranks) -> DistributedDataP
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Matrices, embeddings and convolutions decay; vectors (norms, biases, A_log, D) do not."""
-    params = [param for param in model.parameters() if param.requires_grad]
-    groups = [
-        {"params": [param for param in params if param.ndim > 1], "wd_mult": 1.0},
-        {"params": [param for param in params if param.ndim <= 1], "wd_mult": 0.0},
-    ]
+    """Matrices, embeddings and convolutions decay; vectors (norms, biases, A_log, D) do not.
+
+    A group holds one dtype: in a mixed one megatron-core 0.19.2 sorts the FP32 parameters first
+    and then looks up the state of the others in the old order, silently where sizes agree.
+    """
+    groups: dict[tuple[float, torch.dtype], list[nn.Parameter]] = {}
+    for param in model.parameters():
+        if param.requires_grad:
+            wd_mult = 1.0 if param.ndim > 1 else 0.0
+            groups.setdefault((wd_mult, param.dtype), []).append(param)
     return [
         {
-            **group,
-            "weight_decay": config.optim.weight_decay * group["wd_mult"],
+            "params": params,
+            "wd_mult": wd_mult,
+            "weight_decay": config.optim.weight_decay * wd_mult,
             "is_expert_parallel": False,
         }
-        for group in groups
-        if group["params"]
+        for (wd_mult, _), params in groups.items()
     ]
 
 
@@ -290,6 +294,42 @@ def build_scheduler(optimizer: DistributedOptimizer, config: Config) -> Optimize
     )
     scheduler.step(1)  # megatron-core counts from 0, and would spend the first update at 0
     return scheduler
+
+
+def gather_weights(ddp: DistributedDataParallel) -> None:
+    """Complete the weights on every rank now; overlapped gathering leaves it to the forward."""
+    if ddp.ddp_config.overlap_param_gather:
+        with torch.no_grad():
+            ddp.start_param_sync(force_sync=True)
+
+
+def optimizer_steps(optimizer: DistributedOptimizer) -> int:
+    """Updates made so far, as bias correction counts them."""
+    (steps,) = {int(state["step"]) for state in optimizer.optimizer.state.values()}
+    return steps
+
+
+def restore_optimizer(
+    optimizer: DistributedOptimizer, tensors: dict[int, dict[str, Tensor]], *, steps: int
+) -> None:
+    """Put back FP32 weights and moments (fully_reshardable form) and the number of updates.
+
+    The number is kept apart because megatron-core would give all parameters one shared step
+    tensor, which every update then advances once per parameter. Learning rate and other
+    settings are not restored: they come from the config.
+    """
+    states = optimizer.optimizer.state
+    for state in states.values():
+        del state["step"]
+    optimizer.load_parameter_state_from_fully_reshardable(tensors)
+    for shard, state in states.items():
+        state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=shard.device)
+
+
+def restore_scheduler(scheduler: OptimizerParamScheduler, *, steps: int) -> None:
+    """Set the position in the schedule; its shape comes from the config."""
+    scheduler.num_steps = 0
+    scheduler.step(steps)
 
 
 def _device(config: Config, local_rank: int) -> torch.device:
