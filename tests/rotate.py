@@ -24,12 +24,6 @@ def _rotates(config: pytest.Config) -> bool:
     return not (config.option.slow or by_hand)
 
 
-def pytest_report_header(config: pytest.Config) -> str | None:
-    if not _rotates(config):
-        return None
-    return f"slow tests: slice {DAY % SLICES + 1} of {SLICES} (changes daily; --slow runs all)"
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not _rotates(config):
         return
@@ -42,3 +36,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if other:
         config.hook.pytest_deselected(items=other)
         items[:] = [item for item in items if item not in set(other)]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    # A header would be lost under -q.
+    if _rotates(config) and terminalreporter.stats.get("deselected"):
+        day = DAY % SLICES + 1
+        terminalreporter.write_line(
+            f"slow tests: slice {day} of {SLICES}; it changes daily, --slow runs all of them"
+        )
