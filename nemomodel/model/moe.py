@@ -48,7 +48,7 @@ class Router(nn.Module):
         if self.config.normalize_gates:
             gate_TK = gate_TK / (gate_TK.sum(-1, keepdim=True) + 1e-20)
         gate_TK = gate_TK * self.config.routed_scaling_factor
-        return Routing(expert_TK, gate_TK, self._balance(score_SBE, expert_TK))
+        return Routing(expert_TK, gate_TK, self._balance(score_SBE))
 
     def _choose(self, biased_TE: Tensor) -> Tensor:
         c = self.config
@@ -61,15 +61,16 @@ class Router(nn.Module):
             biased_TE = by_group.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
         return biased_TE.topk(c.top_k, dim=-1, sorted=False).indices
 
-    def _balance(self, score_SBE: Tensor, expert_TK: Tensor) -> Tensor:
+    def _balance(self, score_SBE: Tensor) -> Tensor:
         """sum over sequences of sum_e f_e P_e, 1 per sequence when the load is even.
 
-        f_e = E / (K S) * tokens that chose e; P_e = mean over tokens of score_e / sum score
-        (arXiv:2412.19437, equations 17 to 20).
+        f_e = E / (K S) * tokens with e among their top K scores, bias and groups left out;
+        P_e = mean over tokens of score_e / sum score (arXiv:2412.19437, equations 17 to 20).
         """
-        S, B, E = score_SBE.shape
-        chosen_SBE = torch.zeros_like(score_SBE).view(S * B, E).scatter_(-1, expert_TK, 1.0)
-        load_BE = chosen_SBE.view(S, B, E).sum(0) * (E / (self.config.top_k * S))
+        S, _, E = score_SBE.shape
+        top_SBK = score_SBE.detach().topk(self.config.top_k, dim=-1, sorted=False).indices
+        top_SBE = torch.zeros_like(score_SBE).scatter_(-1, top_SBK, 1.0)
+        load_BE = top_SBE.sum(0) * (E / (self.config.top_k * S))
         share_BE = (score_SBE / (score_SBE.sum(-1, keepdim=True) + 1e-20)).mean(0)
         return (load_BE * share_BE).sum()
 
@@ -93,9 +94,9 @@ class Experts(nn.Module):
         self.fc1 = nn.Parameter(torch.empty(num_experts, ffn_size, size, dtype=dtype))
         self.fc2 = nn.Parameter(torch.empty(num_experts, size, ffn_size, dtype=dtype))
 
-    def forward(self, z_RL: Tensor, gate_R: Tensor, count_E: Tensor) -> Tensor:
-        h_RF = gated_squared_relu(grouped_linear(z_RL, self.fc1, count_E), gate_R)
-        return grouped_linear(h_RF, self.fc2, count_E)
+    def forward(self, z_RL: Tensor, gate_R: Tensor, rows_E: Tensor) -> Tensor:
+        h_RF = gated_squared_relu(grouped_linear(z_RL, self.fc1, rows_E), gate_R)
+        return grouped_linear(h_RF, self.fc2, rows_E)
 
 
 class LatentMoE(nn.Module):
@@ -120,10 +121,11 @@ class LatentMoE(nn.Module):
     def forward(self, x_SBD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns y_SBD, the token copies per expert [E], and the auxiliary loss of `Router`."""
         routing = self.router(x_SBD)
-        order = Permutation.by_expert(routing.expert_TK, len(self.experts.fc1))
+        num_experts = len(self.experts.fc1)
+        order = Permutation.by_expert(routing.expert_TK, num_experts, dtype=x_SBD.dtype)
         z_TL = self.latent_down(x_SBD).flatten(0, 1)
         gate_R = permute_gates(routing.gate_TK, order)
-        y_RL = self.experts(copy_tokens(z_TL, order), gate_R, order.count_E)
+        y_RL = self.experts(copy_tokens(z_TL, order), gate_R, order.rows_E)
         # latent_up is linear: projecting the sum once equals projecting every copy.
         y_TL = add_copies(y_RL, order)
         y_SBD = self.latent_up(y_TL.view(*x_SBD.shape[:2], -1)) + self.shared_expert(x_SBD)

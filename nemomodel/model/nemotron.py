@@ -17,6 +17,10 @@ from nemomodel.ops.linear import embedding
 from nemomodel.ops.loss import Targets, linear_cross_entropy
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Format of weights and activations by precision.recipe."""
+
+
 class Losses(NamedTuple):
     """What one micro-batch adds to the global batch."""
 

@@ -12,7 +12,7 @@ METRICS = {
     "loss/validation_bits_per_byte": "loss/validation per byte of text, in bits",
     "optim/grad_norm": "global gradient norm before clipping",
     "optim/lr": "learning rate of the step",
-    "moe/max_violation": "largest over layers of (busiest expert's load / mean load - 1)",
+    "moe/max_violation": "largest over layers of the busiest expert's load / mean load (MaxVio)",
     "moe/max_violation/main": "the same over the MoE layers of the main stack",
     "moe/max_violation/mtp": "the same over the MoE layers of the MTP blocks",
     "moe/worst_layer": "index of the layer that moe/max_violation comes from",

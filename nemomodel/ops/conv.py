@@ -62,14 +62,14 @@ class _CausalConv(torch.autograd.Function):
         d_acc = torch.ops.aten.silu_backward(dy.to(acc.dtype), acc)
         dx = d_acc * taps[-1]
         dw = torch.empty_like(taps)
-        dw[-1] = torch.einsum("sbc,sbc->c", d_acc, wide)
+        dw[-1] = (d_acc * wide).sum((0, 1))
         for w in range(1, len(taps)):
             if w >= len(wide):
                 dw[-1 - w] = 0
                 continue
             d_tap = _same_document(d_acc[w:], id_SB, w)
             dx[:-w].addcmul_(d_tap, taps[-1 - w])
-            dw[-1 - w] = torch.einsum("sbc,sbc->c", d_tap, wide[:-w])
+            dw[-1 - w] = (d_tap * wide[:-w]).sum((0, 1))
         d_weight = deliver_grad(ctx.weight, dw.T) if ctx.needs_input_grad[1] else None
         d_bias = deliver_grad(ctx.bias, d_acc.sum((0, 1))) if ctx.needs_input_grad[2] else None
         return dx.to(x.dtype), d_weight, d_bias, None

@@ -1,6 +1,7 @@
 """Which positions of a packed micro-batch belong to the same document."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Documents:
         for b in range(B):
             starts = (document_BS[b, 1:] != document_BS[b, :-1]).nonzero().flatten() + 1
             borders = [0, *starts.tolist(), S]
-            spans += [(b, s, e) for s, e in zip(borders[:-1], borders[1:], strict=True)]
+            spans += [(b, s, e) for s, e in pairwise(borders)]
         return Documents(document_BS.T.contiguous().to(torch.int32), tuple(spans))
 
     def to(self, device: torch.device) -> "Documents":

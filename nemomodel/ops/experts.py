@@ -7,23 +7,40 @@ from torch import Tensor
 
 from nemomodel.ops.wgrad import deliver_grad
 
+CPU_BF16_ROWS = 32
+"""Rows per expert are a multiple of this for BF16 on a CPU, where oneDNN compiles a kernel for
+every new number of rows (milliseconds) and keeps only the last thousand."""
+
 
 @dataclass(frozen=True)
 class Permutation:
-    """Order that groups the K copies of every token by expert. R = T * K rows."""
+    """Order that groups the K copies of every token by expert.
+
+    R = T * K rows, plus padding after each expert's own. A padding row holds some token with
+    gate 0, so it adds exactly nothing to any output or gradient.
+    """
 
     token_R: Tensor  # which token a row is a copy of
     row_TK: Tensor  # which row is the copy of token t for its k-th expert
-    count_E: Tensor  # rows of each expert, int64
+    count_E: Tensor  # token copies of each expert, int64
+    rows_E: Tensor  # rows of each expert, padding included
 
     @staticmethod
-    def by_expert(expert_TK: Tensor, num_experts: int) -> "Permutation":
-        expert_R = expert_TK.flatten()
-        order_R = expert_R.argsort(stable=True)
-        row_R = torch.empty_like(order_R)
-        row_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    def by_expert(expert_TK: Tensor, num_experts: int, *, dtype: torch.dtype) -> "Permutation":
+        """Group by chosen expert, for tokens of `dtype`."""
+        T, K = expert_TK.shape
+        expert_R, copy_R = expert_TK.flatten().sort(stable=True)
         count_E = torch.bincount(expert_R, minlength=num_experts)
-        return Permutation(order_R // expert_TK.shape[1], row_R.view_as(expert_TK), count_E)
+        place_R, rows_E, num_rows = torch.arange(T * K, device=expert_R.device), count_E, T * K
+        if dtype == torch.bfloat16 and not expert_R.is_cuda:
+            rows_E = (count_E + CPU_BF16_ROWS - 1) // CPU_BF16_ROWS * CPU_BF16_ROWS
+            num_rows = int(rows_E.sum())
+            padding_before_E = (rows_E - count_E).cumsum(0) - (rows_E - count_E)
+            place_R = place_R + padding_before_E[expert_R]
+        token_R = torch.zeros(num_rows, dtype=torch.int64, device=expert_R.device)
+        token_R[place_R] = copy_R // K
+        row_TK = torch.empty_like(copy_R).index_copy_(0, copy_R, place_R).view(T, K)
+        return Permutation(token_R, row_TK, count_E, rows_E)
 
 
 def copy_tokens(z_TL: Tensor, order: Permutation) -> Tensor:
@@ -37,17 +54,17 @@ def add_copies(y_RL: Tensor, order: Permutation) -> Tensor:
 
 
 def permute_gates(gate_TK: Tensor, order: Permutation) -> Tensor:
-    """The gate of every row: [R]."""
+    """The gate of every row, 0 for padding: [R]."""
     return _PermuteGates.apply(gate_TK, order)
 
 
-def grouped_linear(x_RI: Tensor, weight: Tensor, count_E: Tensor) -> Tensor:
-    """y = x W_e^T for the count_E[e] consecutive rows of each expert e.
+def grouped_linear(x_RI: Tensor, weight: Tensor, rows_E: Tensor) -> Tensor:
+    """y = x W_e^T for the rows_E[e] consecutive rows of each expert e.
 
     Args:
         weight: [E, O, I]; its gradient accumulates in FP32.
     """
-    return _GroupedLinear.apply(x_RI, weight, count_E)
+    return _GroupedLinear.apply(x_RI, weight, rows_E)
 
 
 def _sum_rows(y_RL: Tensor, order: Permutation) -> Tensor:
@@ -81,9 +98,8 @@ class _PermuteGates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, order):
         ctx.row_TK = order.row_TK
-        gate_R = torch.empty_like(gate).flatten()
-        gate_R[order.row_TK.flatten()] = gate.flatten()
-        return gate_R
+        gate_R = gate.new_zeros(len(order.token_R))
+        return gate_R.index_copy_(0, order.row_TK.flatten(), gate.flatten())
 
     @staticmethod
     def backward(ctx, d_gate_R):
@@ -92,30 +108,30 @@ class _PermuteGates(torch.autograd.Function):
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, count_E):
-        ctx.save_for_backward(x, count_E)
+    def forward(ctx, x, weight, rows_E):
+        ctx.save_for_backward(x, rows_E)
         ctx.weight = weight
-        return _grouped(x, weight.mT, count_E)
+        return _grouped(x, weight.mT, rows_E)
 
     @staticmethod
     def backward(ctx, dy):
-        x, count_E = ctx.saved_tensors
-        dx = _grouped(dy, ctx.weight, count_E) if ctx.needs_input_grad[0] else None
+        x, rows_E = ctx.saved_tensors
+        dx = _grouped(dy, ctx.weight, rows_E) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None
-        return dx, deliver_grad(ctx.weight, _grouped_wgrad(dy, x, count_E)), None
+        return dx, deliver_grad(ctx.weight, _grouped_wgrad(dy, x, rows_E)), None
 
 
 def _has_kernel(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] >= 9
 
 
-def _grouped(x_RI: Tensor, weight_EIO: Tensor, count_E: Tensor) -> Tensor:
+def _grouped(x_RI: Tensor, weight_EIO: Tensor, rows_E: Tensor) -> Tensor:
     if _has_kernel(x_RI):
-        return torch._grouped_mm(x_RI, weight_EIO, offs=count_E.cumsum(0, dtype=torch.int32))
+        return torch._grouped_mm(x_RI, weight_EIO, offs=rows_E.cumsum(0, dtype=torch.int32))
     y_RO = x_RI.new_empty(len(x_RI), weight_EIO.shape[-1])
     start = 0
-    for e, count in enumerate(count_E.tolist()):
+    for e, count in enumerate(rows_E.tolist()):
         if count:
             rows = slice(start, start + count)
             torch.mm(x_RI[rows], weight_EIO[e], out=y_RO[rows])
@@ -123,12 +139,12 @@ def _grouped(x_RI: Tensor, weight_EIO: Tensor, count_E: Tensor) -> Tensor:
     return y_RO
 
 
-def _grouped_wgrad(dy_RO: Tensor, x_RI: Tensor, count_E: Tensor) -> Tensor:
+def _grouped_wgrad(dy_RO: Tensor, x_RI: Tensor, rows_E: Tensor) -> Tensor:
     if _has_kernel(x_RI):
-        return torch._grouped_mm(dy_RO.mT, x_RI, offs=count_E.cumsum(0, dtype=torch.int32))
-    dw_EOI = x_RI.new_empty(len(count_E), dy_RO.shape[1], x_RI.shape[1])
+        return torch._grouped_mm(dy_RO.mT, x_RI, offs=rows_E.cumsum(0, dtype=torch.int32))
+    dw_EOI = x_RI.new_empty(len(rows_E), dy_RO.shape[1], x_RI.shape[1])
     start = 0
-    for e, count in enumerate(count_E.tolist()):
+    for e, count in enumerate(rows_E.tolist()):
         rows = slice(start, start + count)
         torch.mm(dy_RO[rows].mT, x_RI[rows], out=dw_EOI[e])  # no rows: zeros
         start += count

@@ -29,7 +29,7 @@ def deliver_grad(weight: Tensor, grad: Tensor) -> Tensor | None:
 
 
 def widen(weight: Tensor) -> Tensor:
-    """`weight` in FP32 for a kernel of another package, whose gradient is then delivered in FP32."""
+    """`weight` in FP32 for another package's kernel; its gradient is delivered in FP32."""
     return _Widen.apply(weight)
 
 

@@ -142,7 +142,8 @@ def moe_oracle(
         x_TD, params["shared_expert.fc1.weight"], params["shared_expert.fc2.weight"]
     )
     score_BSE = score_TE.reshape(B, S, config.num_experts)
-    expert_BSK = expert_TK.reshape(B, S, config.top_k)
+    # The load that is balanced is that of the scores alone: no bias, no group limit.
+    expert_BSK = score_BSE.topk(config.top_k, dim=-1).indices
     y_BSD = (torch.stack(y_TD) + shared_TD).reshape(B, S, D)
     count_E = count_oracle(expert_TK, num_experts=config.num_experts)
     return y_BSD, count_E, seq_aux_loss_oracle(score_BSE, expert_BSK, coeff=aux_loss_coeff)

@@ -1,0 +1,209 @@
+"""The training run, from a config to an exit code."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from nemomodel.checkpoint.checkpoints import Checkpoints, Progress
+from nemomodel.checkpoint.state import Engine
+from nemomodel.config.load import ConfigError, config_to_dict
+from nemomodel.config.pattern import LayerKind
+from nemomodel.config.schema import Config
+from nemomodel.data.batch import TokenData, open_data
+from nemomodel.data.token_bytes import token_bytes
+from nemomodel.model.count import describe
+from nemomodel.model.init import initialize
+from nemomodel.model.nemotron import DTYPES, Nemotron
+from nemomodel.observe.environment import write_run_files
+from nemomodel.observe.logs import setup_logging
+from nemomodel.observe.peak import peak_flops
+from nemomodel.observe.sinks import Sink, check_backends, open_sinks, write_metrics
+from nemomodel.ops import backend
+from nemomodel.parallel.mcore import (
+    Ranks,
+    build_optimizer,
+    build_scheduler,
+    start_ranks,
+    stop_ranks,
+    wrap_ddp,
+)
+from nemomodel.train.faults import EXIT_INTERRUPTED, StopRequest, stop_request
+from nemomodel.train.meter import Meter, expert_loads, losses_per_token
+from nemomodel.train.step import DeviceBatch, count_targets, forward_backward, update
+from nemomodel.train.validate import validate
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> int:
+    """Train as `config` says, from the newest checkpoint of run.dir if there is one.
+
+    Returns:
+        0 when the last step (or train.stop_after) is done, EXIT_INTERRUPTED after a signal.
+
+    Raises:
+        ConfigError: before anything is written but the run folder.
+        CheckpointError, NotFiniteError: the published checkpoints are intact.
+    """
+    _check_packages(config)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    ranks = start_ranks(config)
+    setup_logging(ranks.rank)
+    try:
+        with stop_request() as request:
+            return _run(config, ranks, request)
+    finally:
+        stop_ranks()
+
+
+def _run(config: Config, ranks: Ranks, request: StopRequest) -> int:
+    data = open_data(
+        config.data, train=config.train, vocab_size=config.model.vocab_size, seed=config.run.seed
+    )
+    if ranks.rank == 0:
+        _write_run_files(config)
+    engine = build_engine(config, ranks)
+    checkpoints = Checkpoints(config, ranks, engine)
+    progress = checkpoints.load() or Progress(step=0, tokens=0)
+    _announce(config, ranks, data, progress)
+    sinks = open_sinks(
+        config.observe,
+        Path(config.run.dir),
+        rank=ranks.rank,
+        num_steps=config.train.steps,
+        start_step=progress.step,
+        config=config_to_dict(config),
+    )
+    try:
+        return _train(config, ranks, data, engine, checkpoints, progress, sinks, request)
+    finally:
+        for sink in sinks:
+            sink.close()
+
+
+def build_engine(config: Config, ranks: Ranks) -> Engine:
+    """The model with initial weights, data parallel, and its optimizer and schedule."""
+    with ranks.device:
+        model = Nemotron(
+            config.model,
+            dtype=DTYPES[config.precision.recipe],
+            recompute=frozenset(LayerKind[name.upper()] for name in config.train.recompute),
+        )
+    initialize(model, seed=config.run.seed)
+    ddp = wrap_ddp(model, config, ranks)
+    optimizer = build_optimizer(ddp, config, ranks)
+    return Engine(ddp, optimizer, build_scheduler(optimizer, config))
+
+
+def _train(
+    config: Config,
+    ranks: Ranks,
+    data: TokenData,
+    engine: Engine,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    sinks: list[Sink],
+    request: StopRequest,
+) -> int:
+    train, interval = config.train, config.checkpoint.interval
+    last = train.stop_after or train.steps
+    step_tokens = train.global_batch_size * train.seq_length
+    bytes_V = None
+    if data.has_validation and data.tokenizer is not None:
+        bytes_V = token_bytes(data.tokenizer, vocab_size=config.model.vocab_size)
+    meter = Meter(
+        flops_per_token=describe(config)["flops_per_token"]["training"],
+        peak_flops=peak_flops(ranks.device, DTYPES[config.precision.recipe]).flops
+        * ranks.world_size,
+        device=ranks.device,
+    )
+    saved = progress.step
+    exit_code = 0
+
+    for step in range(progress.step + 1, last + 1):
+        micro_batches = data.batch(step - 1, dp_rank=ranks.dp_rank, dp_size=ranks.dp_size)
+        batches = [DeviceBatch.of(batch, ranks.device) for batch in micro_batches]
+        num_targets, stop = count_targets(batches, engine, ranks, stop=request.signal is not None)
+        if stop:
+            last, exit_code = step - 1, EXIT_INTERRUPTED
+            break
+        lr = engine.optimizer.param_groups[0]["lr"]
+        with meter.computing():
+            losses = forward_backward(
+                batches,
+                engine,
+                ranks,
+                num_targets=num_targets,
+                num_sequences=train.global_batch_size,
+            )
+            grad_norm, count = update(losses, engine, ranks, step=step)
+        meter.step_done(step_tokens)
+
+        values: dict[str, float] = {}
+        if step % config.observe.log_interval == 0 or step in (1, last):
+            values |= losses_per_token(losses, num_targets, ranks)
+            values |= {"optim/grad_norm": grad_norm, "optim/lr": lr}
+            values |= expert_loads(engine.ddp.module, count)
+            values |= {"data/tokens": step * step_tokens, **meter.read()}
+        if data.has_validation and _due(step, train.validation_interval, train.steps):
+            with meter.paused():
+                pieces = data.validation(dp_rank=ranks.dp_rank, dp_size=ranks.dp_size)
+                values |= validate(engine.ddp.module, pieces, ranks, token_bytes=bytes_V)
+        if values:
+            write_metrics(sinks, step, values)
+        checkpoints.poll()
+        if interval and step % interval == 0:
+            checkpoints.save(step, tokens=step * step_tokens)
+            saved = step
+
+    if saved != last:
+        checkpoints.save(last, tokens=last * step_tokens)
+    checkpoints.finish()
+    log.info("stopped after step %d of %d; checkpoint %s", last, train.steps, checkpoints.latest())
+    return exit_code
+
+
+def _due(step: int, interval: int | None, last: int) -> bool:
+    return step == last or (interval is not None and step % interval == 0)
+
+
+def _check_packages(config: Config) -> None:
+    try:
+        check_backends(config.observe)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _write_run_files(config: Config) -> None:
+    try:
+        write_run_files(Path(config.run.dir), config=config_to_dict(config))
+    except OSError as error:
+        raise ConfigError(f"run.dir={config.run.dir!r}: {error.strerror}") from None
+
+
+def _announce(config: Config, ranks: Ranks, data: TokenData, progress: Progress) -> None:
+    """What will run, one fact per line."""
+    counts = describe(config)
+    peak = peak_flops(ranks.device, DTYPES[config.precision.recipe])
+    log.info(
+        "model: %s parameters, %s active, layers %s",
+        f"{counts['parameters_total']:,}",
+        f"{counts['parameters_active']:,}",
+        config.model.layer_pattern,
+    )
+    log.info(
+        "device: %s, %d rank(s), recipe %s, peak %.3g FLOP/s each (%s)",
+        ranks.device.type,
+        ranks.world_size,
+        config.precision.recipe,
+        peak.flops,
+        peak.source,
+    )
+    for line in (*backend.describe(ranks.device), *data.describe()):
+        log.info(line)
+    if progress.step:
+        log.info("resuming after step %d of %d", progress.step, config.train.steps)

@@ -1,0 +1,96 @@
+"""One optimizer step: forward and backward over the micro-batches, update, router biases."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemomodel.checkpoint.state import Engine
+from nemomodel.data.batch import MicroBatch
+from nemomodel.model.nemotron import Losses
+from nemomodel.ops.documents import Documents
+from nemomodel.parallel.mcore import Ranks, global_sum, step_optimizer
+from nemomodel.train.faults import NotFiniteError
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A micro-batch where the model is."""
+
+    ids_BS: Tensor
+    labels_BS: Tensor
+    loss_mask_BS: Tensor
+    documents: Documents
+
+    @staticmethod
+    def of(batch: MicroBatch, device: torch.device) -> "DeviceBatch":
+        documents = Documents.from_ids(batch.document_BS)
+        tensors = (batch.ids_BS, batch.labels_BS, batch.loss_mask_BS)
+        return DeviceBatch(
+            *(t.to(device, non_blocking=True) for t in tensors), documents.to(device)
+        )
+
+
+def count_targets(
+    batches: list[DeviceBatch], engine: Engine, ranks: Ranks, *, stop: bool
+) -> tuple[Tensor, bool]:
+    """Targets of the whole global batch per head, and whether any rank wants to stop.
+
+    Known before the forward pass, so every micro-batch is divided by global counts at once.
+    """
+    model = engine.ddp.module
+    local = sum(model.num_targets(b.loss_mask_BS, b.documents) for b in batches)
+    # The wish to stop travels along: ranks agree on it without a message of its own.
+    totals = global_sum(torch.cat([local, local.new_tensor([float(stop)])]), ranks)
+    return totals[:-1], bool(totals[-1] > 0)
+
+
+def forward_backward(
+    batches: list[DeviceBatch],
+    engine: Engine,
+    ranks: Ranks,
+    *,
+    num_targets: Tensor,
+    num_sequences: int,
+) -> Losses:
+    """Accumulate the gradient of the global loss; returns the sums over this rank's batches."""
+    ddp = engine.ddp
+    ddp.zero_grad_buffer()
+
+    def one(batch: DeviceBatch) -> Losses:
+        losses = ddp.module.losses(
+            batch.ids_BS,
+            batch.labels_BS,
+            batch.loss_mask_BS,
+            batch.documents,
+            num_targets=num_targets,
+            num_sequences=num_sequences,
+        )
+        losses.total.backward()
+        return Losses(*(t.detach() for t in losses))
+
+    with ddp.no_sync():
+        results = [one(batch) for batch in batches[:-1]]
+    results.append(one(batches[-1]))
+    ddp.finish_grad_sync()
+    return Losses(*(torch.stack(parts).sum(0) for parts in zip(*results, strict=True)))
+
+
+def update(losses: Losses, engine: Engine, ranks: Ranks, *, step: int) -> tuple[float, Tensor]:
+    """Optimizer, schedule and router biases; returns the gradient norm and global expert counts.
+
+    Raises:
+        NotFiniteError: the gradient is not finite; nothing has been changed.
+    """
+    grad_norm = step_optimizer(engine.optimizer)
+    if not math.isfinite(grad_norm):
+        raise NotFiniteError(
+            f"step {step}: gradient norm is {grad_norm}; the weights were not updated. "
+            "Resume from the last checkpoint with a lower optim.lr or other data"
+        )
+    engine.scheduler.step(1)
+    count = global_sum(losses.count, ranks)
+    for router, count_E in zip(engine.ddp.module.routers().values(), count, strict=True):
+        router.update_bias(count_E)
+    return grad_norm, count
