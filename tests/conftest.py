@@ -1,11 +1,14 @@
 """Fixtures of all tests: seeds, and functions run on several forked ranks."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # every optimizer imports it: once here, not in each forked rank
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -13,6 +16,19 @@ import torch.multiprocessing as mp
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@contextmanager
+def fork_safely() -> Iterator[None]:
+    """Keep a forked process from collecting garbage of its parent.
+
+    Destroying a process group there waits for ever for threads that a fork does not copy.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @pytest.fixture
@@ -25,7 +41,10 @@ def run_ranks(tmp_path: Path) -> Callable[..., None]:
 
     def run(world: int, fn: Callable[..., None], *args: Any) -> None:
         store = tmp_path / f"store_{next(runs)}"
-        mp.start_processes(_entry, args=(world, store, fn, args), nprocs=world, start_method="fork")
+        with fork_safely():
+            mp.start_processes(
+                _entry, args=(world, store, fn, args), nprocs=world, start_method="fork"
+            )
 
     return run
 

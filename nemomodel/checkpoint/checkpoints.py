@@ -84,7 +84,6 @@ class Checkpoints:
         self._config, self._ranks, self._engine = config, ranks, engine
         self._root = Path(config.run.dir) / FOLDER
         self._pending: _Pending | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._rank_0(self._remove_partial_folders)
 
     def latest(self) -> Path | None:
@@ -110,6 +109,7 @@ class Checkpoints:
         plans = _all_gather(writer.prepare_local_plan(planner.create_local_plan()))
         plans, metadata = planner.create_global_plan(plans)
         plan = planner.finish_plan(writer.prepare_global_plan(plans)[self._ranks.rank])
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = _Pending(
             step=step,
             partial=partial,
@@ -123,10 +123,11 @@ class Checkpoints:
             },
             writer=writer,
             metadata=metadata,
-            done=self._thread.submit(
+            done=thread.submit(
                 _write, writer, planner, plan, partial, self._ranks.rank, random_states()
             ),
         )
+        thread.shutdown(wait=False)  # it ends with its one task; no thread stays between saves
         if not self._config.checkpoint.async_save:
             self.finish()
 

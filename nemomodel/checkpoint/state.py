@@ -13,13 +13,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 
 from nemomodel.checkpoint.files import SafeReader, check_shapes
 from nemomodel.parallel import cpu
-from nemomodel.parallel.mcore import (
-    Ranks,
-    gather_weights,
-    optimizer_steps,
-    restore_optimizer,
-    restore_scheduler,
-)
+from nemomodel.parallel.mcore import Ranks
 
 cpu.install()  # before the first import of megatron
 
@@ -44,7 +38,7 @@ class Engine:
 
     def counters(self) -> dict[str, int]:
         return {
-            "optimizer_steps": optimizer_steps(self.optimizer),
+            "optimizer_steps": _optimizer_steps(self.optimizer),
             "schedule_steps": self.scheduler.num_steps,
         }
 
@@ -54,7 +48,7 @@ def copy_shards(engine: Engine, ranks: Ranks) -> tuple[dict[str, Tensor], int]:
 
     Every tensor is replicated over the data-parallel ranks; each is written by one of them.
     """
-    gather_weights(engine.ddp)
+    _gather_weights(engine.ddp)
     model = _model_shards(engine.ddp.module, ranks)
     optimizer = engine.optimizer.sharded_param_state_fully_reshardable(
         model, is_loading=False, metadata={}
@@ -89,12 +83,48 @@ def restore(engine: Engine, ranks: Ranks, folder: Path, state: dict[str, Any]) -
         no_dist=True,
     )
     tensors = {i: {name: s.data for name, s in entry.items()} for i, entry in optimizer.items()}
-    restore_optimizer(engine.optimizer, tensors, steps=state["optimizer_steps"])
-    restore_scheduler(engine.scheduler, steps=state["schedule_steps"])
+    _restore_optimizer(engine.optimizer, tensors, steps=state["optimizer_steps"])
+    _restore_scheduler(engine.scheduler, steps=state["schedule_steps"])
     # Random states belong to ranks: with another number of ranks they have no meaning.
     if state["world_size"] == ranks.world_size:
         path = folder / rng_name(ranks.rank)
         set_random_states(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _gather_weights(ddp: DistributedDataParallel) -> None:
+    """Complete the weights on every rank now; overlapped gathering leaves it to the forward."""
+    if ddp.ddp_config.overlap_param_gather:
+        with torch.no_grad():
+            ddp.start_param_sync(force_sync=True)
+
+
+def _optimizer_steps(optimizer: DistributedOptimizer) -> int:
+    """Updates made so far, as bias correction counts them."""
+    (steps,) = {int(state["step"]) for state in optimizer.optimizer.state.values()}
+    return steps
+
+
+def _restore_optimizer(
+    optimizer: DistributedOptimizer, tensors: dict[int, dict[str, Tensor]], *, steps: int
+) -> None:
+    """Put back FP32 weights and moments (fully_reshardable form) and the number of updates.
+
+    The number is kept apart because megatron-core would give all parameters one shared step
+    tensor, which every update then advances once per parameter. Learning rate and other
+    settings are not restored: they come from the config.
+    """
+    states = optimizer.optimizer.state
+    for state in states.values():
+        del state["step"]
+    optimizer.load_parameter_state_from_fully_reshardable(tensors)
+    for shard, state in states.items():
+        state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=shard.device)
+
+
+def _restore_scheduler(scheduler: OptimizerParamScheduler, *, steps: int) -> None:
+    """Set the position in the schedule; its shape comes from the config."""
+    scheduler.num_steps = 0
+    scheduler.step(steps)
 
 
 def rng_name(rank: int) -> str:

@@ -1,6 +1,7 @@
 """Read the weights and the config of a checkpoint in one process, without process groups."""
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,5 +66,7 @@ def load_weights(path: Path | str, model: nn.Module) -> Path:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     check_shapes(folder, {name: list(tensor.shape) for name, tensor in tensors.items()})
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.load(tensors, storage_reader=SafeReader(folder), planner=planner, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=SafeReader(folder), planner=planner, no_dist=True)
     return folder

@@ -296,42 +296,6 @@ def build_scheduler(optimizer: DistributedOptimizer, config: Config) -> Optimize
     return scheduler
 
 
-def gather_weights(ddp: DistributedDataParallel) -> None:
-    """Complete the weights on every rank now; overlapped gathering leaves it to the forward."""
-    if ddp.ddp_config.overlap_param_gather:
-        with torch.no_grad():
-            ddp.start_param_sync(force_sync=True)
-
-
-def optimizer_steps(optimizer: DistributedOptimizer) -> int:
-    """Updates made so far, as bias correction counts them."""
-    (steps,) = {int(state["step"]) for state in optimizer.optimizer.state.values()}
-    return steps
-
-
-def restore_optimizer(
-    optimizer: DistributedOptimizer, tensors: dict[int, dict[str, Tensor]], *, steps: int
-) -> None:
-    """Put back FP32 weights and moments (fully_reshardable form) and the number of updates.
-
-    The number is kept apart because megatron-core would give all parameters one shared step
-    tensor, which every update then advances once per parameter. Learning rate and other
-    settings are not restored: they come from the config.
-    """
-    states = optimizer.optimizer.state
-    for state in states.values():
-        del state["step"]
-    optimizer.load_parameter_state_from_fully_reshardable(tensors)
-    for shard, state in states.items():
-        state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=shard.device)
-
-
-def restore_scheduler(scheduler: OptimizerParamScheduler, *, steps: int) -> None:
-    """Set the position in the schedule; its shape comes from the config."""
-    scheduler.num_steps = 0
-    scheduler.step(steps)
-
-
 def _device(config: Config, local_rank: int) -> torch.device:
     wanted, available = config.run.device, torch.cuda.is_available()
     if wanted == "cuda" and not available:
