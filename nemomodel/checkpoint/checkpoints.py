@@ -269,12 +269,12 @@ def _make_room(partial: Path, num_bytes: int) -> None:
     if free < num_bytes:
         partial.rmdir()
         raise CheckpointError(
-            f"step {step_of_partial(partial)} needs {num_bytes / 1e9:.3f} GB, the disk has "
+            f"step {_step_of_partial(partial)} needs {num_bytes / 1e9:.3f} GB, the disk has "
             f"{free / 1e9:.3f} GB free; make room, or use a smaller checkpoint.keep"
         )
 
 
-def step_of_partial(partial: Path) -> int:
+def _step_of_partial(partial: Path) -> int:
     return step_of(Path(partial.name.removeprefix(".").removesuffix(".partial")))
 
 

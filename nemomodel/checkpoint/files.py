@@ -15,11 +15,14 @@ import json
 import os
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 FORMAT = 1
@@ -167,6 +170,14 @@ def damage(folder: Path, *, share: int = 0, shares: int = 1) -> str | None:
 def read_state(folder: Path) -> dict[str, Any]:
     """The plain data of a checkpoint: `config`, `step`, `tokens` and more."""
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read into `tensors` in place; each process by itself, whoever wrote them."""
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=SafeReader(folder), planner=planner, no_dist=True)
 
 
 def saved_shapes(folder: Path) -> dict[str, list[int]]:

@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import DefaultLoadPlanner
 
-from nemomodel.checkpoint.files import SafeReader, check_shapes
+from nemomodel.checkpoint.files import check_shapes, read_tensors
 from nemomodel.parallel import cpu
 from nemomodel.parallel.mcore import Ranks
 
@@ -76,11 +74,8 @@ def restore(engine: Engine, ranks: Ranks, folder: Path, state: dict[str, Any]) -
     )
     shards = model | _by_key(optimizer)
     check_shapes(folder, {key: list(shard.global_shape) for key, shard in shards.items()})
-    dcp.load(
-        {key: CheckpointableShardedTensor.from_sh_ten(shard) for key, shard in shards.items()},
-        storage_reader=SafeReader(folder),
-        planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        no_dist=True,
+    read_tensors(
+        folder, {key: CheckpointableShardedTensor.from_sh_ten(s) for key, s in shards.items()}
     )
     tensors = {i: {name: s.data for name, s in entry.items()} for i, entry in optimizer.items()}
     _restore_optimizer(engine.optimizer, tensors, steps=state["optimizer_steps"])

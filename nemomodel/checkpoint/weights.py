@@ -1,22 +1,19 @@
 """Read the weights and the config of a checkpoint in one process, without process groups."""
 
 import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import DefaultLoadPlanner
 
 from nemomodel.checkpoint.files import (
     FOLDER,
     MANIFEST,
     CheckpointError,
-    SafeReader,
     check_shapes,
     damage,
     read_state,
+    read_tensors,
     step_folders,
 )
 
@@ -65,8 +62,5 @@ def load_weights(path: Path | str, model: nn.Module) -> Path:
     folder = find_checkpoint(path)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     check_shapes(folder, {name: list(tensor.shape) for name, tensor in tensors.items()})
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=SafeReader(folder), planner=planner, no_dist=True)
+    read_tensors(folder, tensors)
     return folder

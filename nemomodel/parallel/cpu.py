@@ -7,6 +7,7 @@ imports megatron calls it first.
 """
 
 import functools
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ def install() -> None:
 
 
 def _patch_torch() -> None:
+    # It warns of a CUDA toolkit without a GPU; nobody builds CUDA extensions in this process.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     stream = torch.cpu.current_stream()
     torch.cuda.current_stream = lambda device=None: stream
     torch.cuda.current_device = lambda: "cpu"
@@ -86,6 +89,8 @@ def _quiet_import() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not")
+            # An escape in a docstring of megatron-core 0.19.2, told where nothing is compiled yet.
+            warnings.filterwarnings("ignore", category=SyntaxWarning)
             yield
     finally:
         torch.compile = compile_

@@ -106,6 +106,11 @@ def start_ranks(config: Config) -> Ranks:
 def stop_ranks() -> None:
     """Leave all process groups."""
     parallel_state.destroy_model_parallel()
+    # megatron-core 0.19.2 forgets some; a forked process that starts groups of its own would
+    # then destroy ours, and wait for ever for their threads.
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
     if dist.is_initialized():
         dist.destroy_process_group()
 

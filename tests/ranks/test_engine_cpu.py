@@ -49,6 +49,7 @@ def test_other_code_sees_the_truth() -> None:
     assert torch.zeros(1).type(torch.float64).dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_import_is_quiet_and_without_compiler() -> None:
     script = (
         "import sys, torch; compile_ = torch.compile; import nemomodel.parallel.mcore;"
