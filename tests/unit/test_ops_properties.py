@@ -18,6 +18,7 @@ from nemomodel.ops.linear import embedding, linear, linear_fp32
 from nemomodel.ops.loss import Targets, linear_cross_entropy
 from nemomodel.ops.norm import gated_group_rms_norm, rms_norm
 from nemomodel.ops.ssd import ssd
+from nemomodel.ops.wgrad import widen
 from tests.close import assert_close, rms_ratio
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -269,6 +270,19 @@ def test_bf16_gradient_without_a_buffer_has_the_dtype_of_the_weight(name: str) -
     weight = nn.Parameter(torch.randn(shape).bfloat16())
     backward(op, weight, torch.randn(12, 8).bfloat16(), 1.0)
     assert weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", FORMATS.values(), ids=FORMATS)
+def test_a_weight_widened_for_a_kernel_collects_its_gradient_in_fp32(dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.randn(6, 8).to(dtype))
+    weight.main_grad = torch.zeros(6, 8)
+    for scale in (1.0, 2.0**-12):
+        wide = widen(weight)
+        assert wide.dtype == torch.float32
+        assert torch.equal(wide, weight.float())
+        wide.backward(torch.full((6, 8), scale))
+    assert weight.grad is None
+    assert torch.equal(weight.main_grad, torch.full((6, 8), 1 + 2.0**-12))
 
 
 def test_a_dummy_gradient_wakes_autograd_when_asked_for() -> None:
