@@ -1,6 +1,18 @@
-"""What a model that sees only the previous token reaches: a yardstick for a validation loss."""
+"""What a model that sees only the previous token reaches: a yardstick for a validation loss.
+
+    python tools/bigram.py TRAIN_PREFIX VALIDATION_PREFIX
+
+Prints the cross-entropy of a smoothed bigram model, in nats per token, to compare with
+loss/validation of a run on the same token files.
+"""
+
+import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
+
+from nemomodel.data.indexed import IndexedFile
 
 ALPHAS = tuple(2.0**power for power in range(-6, 17))
 
@@ -69,3 +81,28 @@ class _Counts:
         if len(first) == 0:
             return 0.0
         return float(-np.log(self.probability(first, second, alpha=alpha)).mean())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("train", type=Path, help="PREFIX of PREFIX.bin and PREFIX.idx")
+    parser.add_argument("validation", type=Path, help="PREFIX of the held-out tokens")
+    args = parser.parse_args()
+    try:
+        files = [IndexedFile(args.train), IndexedFile(args.validation)]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    parts = []
+    for file in files:
+        document = file.documents(0, len(file))
+        parts += [np.asarray(file.tokens), np.bincount(document)]
+    vocab_size = 1 + max(int(file.tokens.max()) for file in files)
+    print(f"{bigram_nats_per_token(*parts, vocab_size=vocab_size):.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
