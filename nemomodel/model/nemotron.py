@@ -16,7 +16,6 @@ from nemomodel.ops.documents import Documents
 from nemomodel.ops.linear import embedding
 from nemomodel.ops.loss import Targets, linear_cross_entropy
 
-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Format of weights and activations by precision.recipe."""
 

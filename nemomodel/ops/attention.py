@@ -13,9 +13,9 @@ def causal_attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(P)) v over earlier positions of the same document; [S, B, H, P]."""
     q, k, v = (rearrange(t, "s b h p -> b h s p") for t in (q_SBHP, k_SBGP, v_SBGP))
-    if documents is None or len(documents.spans) == q.shape[0]:
+    if documents is None or len(documents.spans) == len(q):
         return rearrange(_attend(q, k, v), "b h s p -> s b h p")
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if q.is_cuda and q.dtype == torch.bfloat16:
         return _attend_varlen(q_SBHP, k_SBGP, v_SBGP, documents)
     # One call per document: nothing to mask, and no work on pairs that cannot meet.
     y = torch.cat(
@@ -29,7 +29,89 @@ def causal_attention(
 
 
 def _attend(q_BHSP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q_BHSP, k_BGSP, v_BGSP, is_causal=True, enable_gqa=True)
+    if q_BHSP.is_cuda:
+        return F.scaled_dot_product_attention(
+            q_BHSP, k_BGSP, v_BGSP, is_causal=True, enable_gqa=True
+        )
+    return _BlockedAttention.apply(q_BHSP, k_BGSP, v_BGSP)
+
+
+CPU_BLOCK = 128
+"""Queries at a time on a CPU: few enough that the scores stay in cache."""
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Causal attention by blocks of queries, each against the keys up to its last one.
+
+    Twice as fast on a CPU as PyTorch's kernel there, whose backward pass is slow. The query
+    heads of a group are rows of one product with its keys, which are never repeated. Keeps the
+    inputs and the output; scores are formed again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        B = len(q)
+        q, k, v = _fold(q, k, v)
+        y = torch.empty_like(q)
+        for start, stop in _blocks(q):
+            p = _probabilities(q, k, start, stop).to(v.dtype)
+            y[:, :, start:stop] = (p.flatten(1, 2) @ v[:, :stop]).view_as(y[:, :, start:stop])
+        return _unfold(y, B)
+
+    @staticmethod
+    def backward(ctx, dy):
+        saved = ctx.saved_tensors
+        q, k, v = _fold(*saved)
+        dy, _, _ = _fold(dy, *saved[1:])
+        wide = _wide(q.dtype)
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(t, dtype=wide) for t in (k, v))
+        for start, stop in _blocks(q):
+            q_block, dy_block = (t[:, :, start:stop].flatten(1, 2) for t in (q, dy))
+            p = _probabilities(q, k, start, stop).flatten(1, 2)
+            dv[:, :stop] += p.to(dy.dtype).mT @ dy_block
+            dp = (dy_block @ v[:, :stop].mT).to(wide)
+            ds = dp.sub_(torch.linalg.vecdot(dp, p).unsqueeze(-1)).mul_(p)
+            ds = ds.mul_(q.shape[-1] ** -0.5).to(q.dtype)
+            dq[:, :, start:stop] = (ds @ k[:, :stop]).view_as(dq[:, :, start:stop])
+            dk[:, :stop] += ds.mT @ q_block
+        dk, dv = (d.to(k.dtype).view_as(t) for d, t in zip((dk, dv), saved[1:], strict=True))
+        return _unfold(dq, len(saved[0])), dk, dv
+
+
+# Below, the leading dimension is B * G and h counts the query heads of one group.
+
+
+def _fold(q_BHSP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q as [B * G, h, S, P]; k and v as [B * G, S, P]."""
+    q = rearrange(q_BHSP, "b (g h) s p -> (b g) h s p", g=k_BGSP.shape[1])
+    k, v = (rearrange(t, "b g s p -> (b g) s p").contiguous() for t in (k_BGSP, v_BGSP))
+    return q.contiguous(), k, v
+
+
+def _unfold(q: Tensor, B: int) -> Tensor:
+    return rearrange(q, "(b g) h s p -> b (g h) s p", b=B)
+
+
+def _blocks(q: Tensor) -> list[tuple[int, int]]:
+    S = q.shape[2]
+    return [(start, min(start + CPU_BLOCK, S)) for start in range(0, S, CPU_BLOCK)]
+
+
+def _probabilities(q: Tensor, k: Tensor, start: int, stop: int) -> Tensor:
+    """softmax(q k^T / sqrt(P)) of queries start..stop, wide: [B * G, h, stop - start, stop]."""
+    q_block = q[:, :, start:stop]
+    wide = _wide(q.dtype)
+    scores = (q_block.flatten(1, 2) @ k[:, :stop].mT).to(wide).mul_(q.shape[-1] ** -0.5)
+    scores = scores.view(*q_block.shape[:3], stop)
+    later = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
+    scores[..., start:].masked_fill_(later, -torch.inf)
+    return scores.softmax(-1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _attend_varlen(q_SBHP: Tensor, k_SBGP: Tensor, v_SBGP: Tensor, documents: Documents) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nemomodel.ops.wgrad import deliver_grad
 
-CHUNK_BYTES = 32 * 2**20
-"""Size of the FP32 logits that exist at one time."""
+CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
+"""Tokens whose FP32 logits exist at one time: a CPU's fit its cache, a GPU's fill its cores."""
 
 
 class Targets(NamedTuple):
@@ -43,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, labels, weights, *hiddens):
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        chunk = max(1, CHUNK_BYTES // (4 * len(weight)))
+        chunk = CHUNK_TOKENS[weight.device.type]
         need_hidden, need_weight = any(ctx.needs_input_grad[3:]), ctx.needs_input_grad[0]
         dw = torch.zeros_like(weight, dtype=wide) if need_weight else None
         d_hiddens = [torch.empty_like(h) if need_hidden else None for h in hiddens]
@@ -54,16 +54,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + chunk)
                 h, label, factor = hidden[part], labels[i][part], weights[i][part].to(wide)
                 logits = F.linear(h, weight).to(wide)
-                lse = logits.logsumexp(-1)
-                loss = lse - logits.gather(-1, label.unsqueeze(-1)).squeeze(-1)
-                loss = loss.masked_fill_(factor == 0, 0)
+                at_label = logits.gather(-1, label.unsqueeze(-1))
+                top = logits.amax(-1, keepdim=True)
+                exp = logits.sub_(top).exp_()
+                norm = exp.sum(-1, keepdim=True)
+                loss = (norm.log() + top - at_label).squeeze(-1).masked_fill_(factor == 0, 0)
                 sums[i] += loss.sum()
                 total += loss @ factor
                 if not (need_hidden or need_weight):
                     continue
-                d_logits = logits.sub_(lse.unsqueeze(-1)).exp_()
-                d_logits.scatter_add_(-1, label.unsqueeze(-1), -torch.ones_like(factor)[:, None])
-                d_logits = d_logits.mul_(factor.unsqueeze(-1)).to(h.dtype)
+                factor = factor.unsqueeze(-1)
+                d_logits = exp.mul_(factor / norm).scatter_add_(-1, label.unsqueeze(-1), -factor)
+                d_logits = d_logits.to(h.dtype)
                 if need_hidden:
                     torch.mm(d_logits, weight, out=d_hiddens[i][part])
                 if need_weight:

@@ -19,6 +19,10 @@ from nemomodel.ops.backend import kernel_takes
 from nemomodel.ops.documents import Documents
 
 
+CPU_CHUNK = 64
+"""Longest chunk on a CPU: work within chunks grows with Q, and its squares should stay in cache."""
+
+
 def ssd(
     x_SBHP: Tensor,
     dt_SBH: Tensor,
@@ -40,6 +44,8 @@ def ssd(
     Returns:
         y_SBHP in x's dtype.
     """
+    if x_SBHP.device.type == "cpu":
+        chunk_size = min(chunk_size, CPU_CHUNK)
     id_SB = documents.id_SB if documents else None
     if kernel_takes("mamba_ssm", x_SBHP, dt_SBH, B_SBGN, C_SBGN):
         return _ssd_mamba_ssm(x_SBHP, dt_SBH, A_H, B_SBGN, C_SBGN, D_H, chunk_size, id_SB)
@@ -76,7 +82,6 @@ class _Decays(NamedTuple):
     """exp of sums of dt A, zero across document borders."""
 
     sums: Tensor  # [J, B, G, h, Q], sum of dt A from the start of the chunk or document
-    bias: Tensor  # sees as 0 / -inf
     from_start: Tensor  # [J, B, G, h, Q], from the state before the chunk to position i
     to_end: Tensor  # [J, B, G, h, Q], from position j to the state after the chunk
     whole: Tensor  # [J, B, G, h], from the state before the chunk to the state after it
@@ -116,19 +121,28 @@ def _decays(c: _Chunks, A_H: Tensor) -> _Decays:
     # A product with a 0/1 matrix, not cumsum: a sum that starts at a document border then has
     # the same bits whatever the document before it holds.
     sums = steps @ c.sees.mT.to(steps.dtype)
-    from_start, to_end = sums.exp(), (sums[..., -1:] - sums).exp_()
+    from_start, to_end = sums.clamp(min=-80).exp_(), (sums[..., -1:] - sums).clamp_(-80, 0).exp_()
     whole = from_start[..., -1].clone()
     if c.starts_here is not None:
         from_start = from_start * c.starts_here
         to_end = to_end.masked_fill_(~c.ends_here, 0)
         whole = whole * c.starts_here[..., -1]
-    return _Decays(sums, c.sees.log(), from_start, to_end, whole)
+    return _Decays(sums, from_start, to_end, whole)
 
 
 def _within(d: _Decays, head: int) -> Tensor:
-    """L of one head of every group: [J, B, G, Q, Q]."""
+    """L of one head of every group, [J, B, G, Q, Q]; pairs that `sees` excludes are not 0 here.
+
+    Clamped: a decay of exp(-80) is nothing, but denormal results make exp ten times slower, and
+    above the diagonal it would overflow.
+    """
     sums = d.sums[:, :, :, head]
-    return (sums.unsqueeze(-1) - sums.unsqueeze(-2)).add_(d.bias).exp_()
+    return (sums.unsqueeze(-1) - sums.unsqueeze(-2)).clamp_(-80, 0).exp_()
+
+
+def _scores(c: _Chunks) -> Tensor:
+    """C B^T of pairs that see each other, else 0: shared by the heads of a group."""
+    return (c.C @ c.B.mT).mul_(c.sees)
 
 
 def _scale(t_JBGQhP: Tensor, by_JBGhQ: Tensor) -> Tensor:
@@ -157,7 +171,7 @@ class _SSD(torch.autograd.Function):
         states = _states(c, d, u)
         y = (c.C @ states.to(c.C.dtype).mT).view_as(u)
         y = y.mul_(d.from_start.mT.unsqueeze(-1).to(y.dtype))
-        scores = c.C @ c.B.mT
+        scores = _scores(c)
         for head in range(u.shape[4]):
             M = _within(d, head).mul_(scores).to(u.dtype)
             y[..., head, :] += M @ u[..., head, :]
@@ -204,7 +218,7 @@ class _SSD(torch.autograd.Function):
         d_sums -= to_state
 
         # Within the chunk.
-        scores = c.C @ c.B.mT
+        scores = _scores(c)
         d_scores = torch.zeros_like(scores, dtype=wide)
         for head in range(heads):
             L = _within(d, head)
@@ -217,7 +231,7 @@ class _SSD(torch.autograd.Function):
             d_sums[:, :, :, head] += L_dM.sum(-1) - L_dM.sum(-2)
             M = L.mul_(scores).to(u.dtype)
             du[..., head, :] += M.mT @ dy[..., head, :]
-        d_scores = d_scores.to(c.C.dtype)
+        d_scores = d_scores.mul_(c.sees).to(c.C.dtype)
         dC += d_scores @ c.B
         dB += d_scores.mT @ c.C
 
