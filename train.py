@@ -23,10 +23,11 @@ def main() -> int:
         help="print parameters, FLOPs and memory as JSON and exit; needs no weights and no GPU",
     )
     args = parser.parse_args()
+    rank = os.environ.get("RANK", "0")
     try:
         config = load_config(args.config, args.overrides)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # all ranks have found the same
+        if rank == "0":  # all ranks have found the same
             print(error, file=sys.stderr)
         return 2
     if args.describe:
@@ -43,7 +44,8 @@ def main() -> int:
         code = exit_code_of(error)
         if code is None:
             raise
-        print(error, file=sys.stderr)
+        # Not on rank 0 alone: the fault may be of this rank, or of its host.
+        print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
         return code
 
 

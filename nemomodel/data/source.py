@@ -13,6 +13,10 @@ from nemomodel.data.order import derive_key, permute
 from nemomodel.data.tokenizer import load_tokenizer, vocab_size_of
 
 
+class DataError(ValueError):
+    """A token file holds what the model cannot take, found while training reads it."""
+
+
 @dataclass(frozen=True)
 class TokenizerFile:
     path: Path
@@ -54,14 +58,14 @@ class Source:
         """Tokens [seq_length + 1] of one window and the number of each one's document.
 
         Raises:
-            ValueError: if a token is outside of the model's vocabulary.
+            DataError: if a token is outside of the model's vocabulary.
         """
         start = window * self._seq_length
         stop = start + self._seq_length + 1
         tokens = self.file.tokens[start:stop]
         if tokens.max() >= self._vocab_size or tokens.min() < 0:
             outside = np.flatnonzero((tokens >= self._vocab_size) | (tokens < 0))[0]
-            raise ValueError(
+            raise DataError(
                 f"{file_of(self.file.prefix, '.bin')}: token id {tokens[outside]} at position "
                 f"{start + outside} is outside of model.vocab_size={self._vocab_size}; "
                 "the data were made with another tokenizer, or are damaged"

@@ -8,13 +8,14 @@ from types import FrameType
 
 from nemomodel.checkpoint.files import CheckpointError
 from nemomodel.config.load import ConfigError
+from nemomodel.data.source import DataError
 
 log = logging.getLogger(__name__)
 
 EXIT_BAD_INPUT = 2
-"""The config, a data file or the launch is wrong; nothing was changed."""
+"""The config, a data file or the launch is wrong; published checkpoints are untouched."""
 EXIT_NOT_FINITE = 3
-"""A gradient was not finite; the weights before that step are in the last checkpoint."""
+"""A gradient was not finite; the last checkpoint is from before that step."""
 EXIT_CHECKPOINT = 4
 """A checkpoint could not be written or none could be read; published ones are untouched."""
 EXIT_INTERRUPTED = 75
@@ -54,7 +55,7 @@ def stop_request() -> Iterator[StopRequest]:
 
 def exit_code_of(error: Exception) -> int | None:
     """The exit code of a fault whose message says all; None for a bug, which wants its trace."""
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | DataError):
         return EXIT_BAD_INPUT
     if isinstance(error, NotFiniteError):
         return EXIT_NOT_FINITE

@@ -29,7 +29,7 @@ from nemomodel.parallel.mcore import (
     stop_ranks,
     wrap_ddp,
 )
-from nemomodel.train.faults import EXIT_INTERRUPTED, StopRequest, stop_request
+from nemomodel.train.faults import EXIT_INTERRUPTED, NotFiniteError, StopRequest, stop_request
 from nemomodel.train.meter import Meter, expert_loads, losses_per_token
 from nemomodel.train.step import DeviceBatch, count_targets, forward_backward, update
 from nemomodel.train.validate import validate
@@ -45,7 +45,7 @@ def run(config: Config) -> int:
 
     Raises:
         ConfigError: before anything is written but the run folder.
-        CheckpointError, NotFiniteError: the published checkpoints are intact.
+        DataError, CheckpointError, NotFiniteError: the published checkpoints are intact.
     """
     _check_packages(config)
     if config.run.deterministic:
@@ -110,7 +110,8 @@ def _train(
     request: StopRequest,
 ) -> int:
     train, interval = config.train, config.checkpoint.interval
-    last = train.stop_after or train.steps
+    # A run that is already further stays where it is: its weights are not those of stop_after.
+    last = max(train.stop_after or train.steps, progress.step)
     step_tokens = train.global_batch_size * train.seq_length
     bytes_V = None
     if data.has_validation and data.tokenizer is not None:
@@ -140,7 +141,11 @@ def _train(
                 num_targets=num_targets,
                 num_sequences=train.global_batch_size,
             )
-            grad_norm, count = update(losses, engine, ranks, step=step)
+            try:
+                grad_norm, count = update(losses, engine, ranks, step=step)
+            except NotFiniteError:
+                checkpoints.finish()  # one that is still being written is from before this step
+                raise
         meter.step_done(step_tokens)
 
         values: dict[str, float] = {}
