@@ -18,7 +18,7 @@ from nemomodel.model.init import initialize
 from nemomodel.model.nemotron import DTYPES, Nemotron
 from nemomodel.observe.environment import write_run_files
 from nemomodel.observe.logs import setup_logging
-from nemomodel.observe.peak import peak_flops
+from nemomodel.observe.peak import Peak, peak_flops
 from nemomodel.observe.sinks import Sink, check_backends, open_sinks, write_metrics
 from nemomodel.ops import backend
 from nemomodel.parallel.mcore import (
@@ -69,7 +69,9 @@ def _run(config: Config, ranks: Ranks, request: StopRequest) -> int:
     engine = build_engine(config, ranks)
     checkpoints = Checkpoints(config, ranks, engine)
     progress = checkpoints.load() or Progress(step=0, tokens=0)
-    _announce(config, ranks, data, progress)
+    # Measured on a CPU, so once: the log names the number that MFU is computed with.
+    peak = peak_flops(ranks.device, DTYPES[config.precision.recipe])
+    _announce(config, ranks, data, progress, peak)
     sinks = open_sinks(
         config.observe,
         Path(config.run.dir),
@@ -79,7 +81,7 @@ def _run(config: Config, ranks: Ranks, request: StopRequest) -> int:
         config=config_to_dict(config),
     )
     try:
-        return _train(config, ranks, data, engine, checkpoints, progress, sinks, request)
+        return _train(config, ranks, data, engine, checkpoints, progress, sinks, request, peak)
     finally:
         for sink in sinks:
             sink.close()
@@ -108,6 +110,7 @@ def _train(
     progress: Progress,
     sinks: list[Sink],
     request: StopRequest,
+    peak: Peak,
 ) -> int:
     train, interval = config.train, config.checkpoint.interval
     # A run that is already further stays where it is: its weights are not those of stop_after.
@@ -118,8 +121,7 @@ def _train(
         bytes_V = token_bytes(data.tokenizer, vocab_size=config.model.vocab_size)
     meter = Meter(
         flops_per_token=describe(config)["flops_per_token"]["training"],
-        peak_flops=peak_flops(ranks.device, DTYPES[config.precision.recipe]).flops
-        * ranks.world_size,
+        peak_flops=peak.flops * ranks.world_size,
         device=ranks.device,
     )
     saved = progress.step
@@ -190,10 +192,11 @@ def _write_run_files(config: Config) -> None:
         raise ConfigError(f"run.dir={config.run.dir!r}: {error.strerror}") from None
 
 
-def _announce(config: Config, ranks: Ranks, data: TokenData, progress: Progress) -> None:
+def _announce(
+    config: Config, ranks: Ranks, data: TokenData, progress: Progress, peak: Peak
+) -> None:
     """What will run, one fact per line."""
     counts = describe(config)
-    peak = peak_flops(ranks.device, DTYPES[config.precision.recipe])
     log.info(
         "model: %s parameters, %s active, layers %s",
         f"{counts['parameters_total']:,}",

@@ -19,7 +19,7 @@ from nemomodel.checkpoint.files import damage, step_folders, step_name, step_of
 from tests.ranks.test_train import Result, assert_same_state, read_records, read_state, write_config
 
 ROOT = Path(__file__).parents[2]
-STEPS = 20
+STEPS = 14
 TIMEOUT = 300
 """Seconds; only a run that hangs takes so long."""
 OVERRIDES = (f"train.steps={STEPS}", "checkpoint.interval=2", "train.validation_interval=7")
@@ -86,7 +86,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return records, state
 
 
-@pytest.mark.parametrize("step", [1, 12])
+@pytest.mark.parametrize("step", [1, 8])
 def test_killed_run_goes_on_as_if_nothing_had_happened(
     straight: Result, tmp_path: Path, step: int
 ) -> None:
@@ -209,7 +209,7 @@ def test_interpreter_that_is_stopped_goes_on(
 ) -> None:
     command = (str(ROOT / "train.py"), str(write_config(tmp_path)), *OVERRIDES)
     process = _python(tmp_path, *command)
-    wait_for(has_done(tmp_path / "run", 9), process)
+    wait_for(has_done(tmp_path / "run", 5), process)
     process.send_signal(number)
     assert process.wait(TIMEOUT) == expected
     assert "Traceback" not in (tmp_path / "stderr").read_text()
