@@ -1,6 +1,8 @@
 """The whole model against its oracle: logits of every head, loss, counts, all gradients."""
 
+from collections import defaultdict
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -191,23 +193,32 @@ def test_batch_without_a_target_has_a_finite_loss_and_no_gradient() -> None:
 
 
 def test_bf16_error_is_at_most_twice_that_of_plain_bf16() -> None:
-    """Plain is the oracle with every tensor in BF16. No MoE: BF16 may flip a token's routing."""
+    """Plain is the oracle with every tensor in BF16. No MoE: BF16 may flip a token's routing.
+
+    Medians over batches: a single one's error in a vector of four values is luck.
+    """
     config = replace(MODEL, layer_pattern="M*-M", mtp=replace(MODEL.mtp, layer_pattern="*-"))
-    params = model_oracle.random_params(config, seed=1, dtype=torch.bfloat16)
-    batch = draw_batch(config)
-    exact, plain = (
-        oracle_results(config, params, batch, dtype) for dtype in (torch.float64, torch.bfloat16)
-    )
-    model = build(config, params, torch.bfloat16)
     documents = Documents.from_ids(DOCUMENT_BS)
-    loss = model.loss(*batch, documents)
-    loss.backward()
-    actual = {"loss": loss, "logits": model(batch[0], documents)}
-    actual |= {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert actual["logits"].dtype == torch.bfloat16
-    for name, value in actual.items():
-        error, limit = rms_ratio(value, exact[name]), 2 * rms_ratio(plain[name], exact[name])
-        assert error <= limit + 1e-6, f"{name}: error {error:.2e}, twice the plain one {limit:.2e}"
+    errors, plain_errors = defaultdict(list), defaultdict(list)
+    for seed in range(9):
+        params = model_oracle.random_params(config, seed=seed, dtype=torch.bfloat16)
+        batch = draw_batch(config)
+        exact, plain = (
+            oracle_results(config, params, batch, dtype)
+            for dtype in (torch.float64, torch.bfloat16)
+        )
+        model = build(config, params, torch.bfloat16)
+        loss = model.loss(*batch, documents)
+        loss.backward()
+        actual = {"loss": loss, "logits": model(batch[0], documents)}
+        actual |= {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert actual["logits"].dtype == torch.bfloat16
+        for name, value in actual.items():
+            errors[name].append(rms_ratio(value, exact[name]))
+            plain_errors[name].append(rms_ratio(plain[name], exact[name]))
+    for name in errors:
+        error, limit = median(errors[name]), 2 * median(plain_errors[name]) + 1e-6
+        assert error <= limit, f"{name}: error {error:.2e}, twice the plain one {limit:.2e}"
 
 
 def oracle_results(
@@ -326,7 +337,8 @@ def test_bias_moves_the_choice_but_has_no_gradient() -> None:
     routing = router(x_SBD)
     assert bool((routing.expert_TK == 5).any(-1).all())
     assert not router.expert_bias.requires_grad
-    assert float(routing.gate_TK.sum(-1).sub(MOE.routed_scaling_factor).abs().max()) < 1e-12
+    total_T = routing.gate_TK.detach().sum(-1)
+    assert_close(total_T, torch.full_like(total_T, 2.5), limit=1e-12, name="sum of gates")
 
 
 def test_bf16_router_scores_in_fp32() -> None:
@@ -381,7 +393,7 @@ def test_choosing_all_experts_is_the_dense_mixture() -> None:
     expected = expected + ffn_oracle(x_SBD, shared.fc1.weight, shared.fc2.weight)
     assert_close(y_SBD, expected, limit=1e-12, name="y")
     assert count_E.tolist() == [21] * 8
-    assert float(balance) == pytest.approx(3, rel=1e-12)  # one per sequence
+    assert float(balance.detach()) == pytest.approx(3, rel=1e-12)  # one per sequence
 
 
 def relabelled(moe: LatentMoE, order: list[int]) -> LatentMoE:

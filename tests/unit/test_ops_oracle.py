@@ -82,6 +82,7 @@ def ssd_case(
     *,
     heads: int = 4,
     groups: int = 2,
+    width: int = 3,
     chunk: int = 4,
     lengths: Lengths | None = None,
     decay: tuple[float, ...] | None = None,
@@ -99,7 +100,7 @@ def ssd_case(
             ssd_oracle, x, dt, A, B, C, D, document_BS=document_BS
         ),
         {
-            "x": draw(length, 2, heads, 3),
+            "x": draw(length, 2, heads, width),
             "B": draw(length, 2, groups, 5),
             "C": draw(length, 2, groups, 5),
             "dt": dt_SBH,
@@ -341,6 +342,11 @@ SPECIAL = {
     "ssd-documents-at-chunk-borders": partial(ssd_case, lengths=((4, 4, 3), (8, 3))),
     "ssd-documents-of-length-1": partial(ssd_case, lengths=((1,) * 11, (4, 1, 1, 1, 1, 3))),
     "ssd-document-over-many-chunks": partial(ssd_case, 13, chunk=2, lengths=((1, 12), (11, 2))),
+    # Wide enough that the sequence is worked off in several blocks of two chunks.
+    "ssd-blocks": partial(ssd_case, 150, heads=16, width=64, chunk=32),
+    "ssd-blocks-packed": partial(
+        ssd_case, 150, heads=16, width=64, chunk=32, lengths=((64, 86), (10, 54, 1, 63, 22))
+    ),
     "ssd-one-document-per-row": partial(ssd_case, lengths=((11,), (11,))),
     **{f"ssd-chunk-{Q}": partial(ssd_case, chunk=Q) for Q in (1, 2, 3, 5, 11, 16, 64)},
     **{
@@ -362,6 +368,11 @@ SPECIAL = {
     "attention-length-1": partial(attention_case, 1),
     "attention-one-group": partial(attention_case, groups=1),
     "attention-no-sharing": partial(attention_case, groups=4),
+    # More than one block of queries.
+    "attention-blocks": partial(attention_case, 150, heads=2, groups=1),
+    "attention-blocks-packed": partial(
+        attention_case, 150, heads=2, groups=1, lengths=((3, 147), (129, 21))
+    ),
     "attention-one-document-per-row": partial(attention_case, lengths=((9,), (9,))),
     "attention-documents-of-length-1": partial(attention_case, lengths=((1,) * 9, (9,))),
     "linear-rows": partial(linear_case, linear, 7, 6),

@@ -22,9 +22,18 @@ from nemomodel.ops.wgrad import widen
 from tests.close import assert_close, rms_ratio
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-S, B = 21, 2
-# Chunks are 4 long: borders inside, at both ends of a chunk, and around a single position.
-BORDERS = {"inside-chunk": 10, "chunk-border": 12, "first": 1, "last": 20}
+B = 2
+# (length, border): the scan's chunks are 4 long and later 32. The long ones make several blocks,
+# of the scan at 64 and 128 and of attention at 128.
+BORDERS = {
+    "inside-chunk": (21, 10),
+    "chunk-border": (21, 12),
+    "first": (21, 1),
+    "last": (21, 20),
+    "block-border": (150, 64),
+    "inside-block": (150, 101),
+    "second-block-border": (150, 128),
+}
 
 
 def in_order(
@@ -41,24 +50,25 @@ def in_order(
 
 
 def sequence_op(
-    name: str, dtype: torch.dtype, documents: Documents | None
+    name: str, dtype: torch.dtype, documents: Documents | None, *, length: int = 21
 ) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Tensor]]:
     """An operation that mixes positions, and its activations; the weights are fixed."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(length, B, *shape).to(dtype)
+
     if name == "conv":
         weight, bias = (nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((6, 4), (6,)))
-        inputs = {"x": torch.randn(S, B, 6).to(dtype)}
-        return lambda t: causal_conv(t["x"], weight, bias, documents), inputs
+        return lambda t: causal_conv(t["x"], weight, bias, documents), {"x": draw(6)}
     if name == "attention":
-        inputs = {n: torch.randn(S, B, h, 8).to(dtype) for n, h in (("q", 4), ("k", 2), ("v", 2))}
+        inputs = {"q": draw(4, 8), "k": draw(2, 8), "v": draw(2, 8)}
         return lambda t: causal_attention(t["q"], t["k"], t["v"], documents), inputs
-    A, D = -torch.rand(4) - 0.1, torch.randn(4)
-    inputs = {n: torch.randn(S, B, h, w).to(dtype) for n, h, w in (("x", 4, 3), ("B", 2, 5))}
-    inputs |= {
-        "C": torch.randn(S, B, 2, 5).to(dtype),
-        "dt": functional.softplus(torch.randn(S, B, 4)),
-    }
+    heads, width, chunk = (4, 3, 4) if length < 100 else (16, 64, 32)
+    A, D = -torch.rand(heads) - 0.1, torch.randn(heads)
+    inputs = {"x": draw(heads, width), "B": draw(2, 5), "C": draw(2, 5)}
+    inputs["dt"] = functional.softplus(torch.randn(length, B, heads))
     return (
-        lambda t: ssd(t["x"], t["dt"], A, t["B"], t["C"], D, chunk_size=4, documents=documents),
+        lambda t: ssd(t["x"], t["dt"], A, t["B"], t["C"], D, chunk_size=chunk, documents=documents),
         inputs,
     )
 
@@ -66,13 +76,13 @@ def sequence_op(
 OPS = ("conv", "ssd", "attention")
 
 
-@pytest.mark.parametrize("border", BORDERS.values(), ids=BORDERS)
+@pytest.mark.parametrize(("length", "border"), BORDERS.values(), ids=BORDERS)
 @pytest.mark.parametrize("dtype", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("name", OPS)
 def test_results_before_a_changed_position_stay_the_same_bits(
-    name: str, dtype: torch.dtype, border: int
+    name: str, dtype: torch.dtype, length: int, border: int
 ) -> None:
-    run, inputs = sequence_op(name, dtype, None)
+    run, inputs = sequence_op(name, dtype, None, length=length)
     changed = {n: t.clone() for n, t in inputs.items()}
     for value in changed.values():
         value[border] = value[border] * 3 + 1
@@ -82,16 +92,16 @@ def test_results_before_a_changed_position_stay_the_same_bits(
 
 
 @pytest.mark.parametrize("changed_document", [0, 1], ids=["change-first", "change-second"])
-@pytest.mark.parametrize("border", BORDERS.values(), ids=BORDERS)
+@pytest.mark.parametrize(("length", "border"), BORDERS.values(), ids=BORDERS)
 @pytest.mark.parametrize("dtype", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("name", OPS)
 def test_documents_of_a_row_do_not_touch_each_other(
-    name: str, dtype: torch.dtype, border: int, changed_document: int
+    name: str, dtype: torch.dtype, length: int, border: int, changed_document: int
 ) -> None:
     """Results and gradients of one document are the same bits whatever the other one holds."""
-    document_BS = (torch.arange(S) >= border).long().expand(B, S)
-    run, inputs = sequence_op(name, dtype, Documents.from_ids(document_BS))
-    parts = (slice(0, border), slice(border, S))
+    document_BS = (torch.arange(length) >= border).long().expand(B, length)
+    run, inputs = sequence_op(name, dtype, Documents.from_ids(document_BS), length=length)
+    parts = (slice(0, border), slice(border, length))
     theirs, own = parts[changed_document], parts[1 - changed_document]
     changed = {n: t.clone() for n, t in inputs.items()}
     for value in changed.values():
@@ -107,9 +117,9 @@ def test_documents_of_a_row_do_not_touch_each_other(
 @pytest.mark.parametrize("name", OPS)
 def test_later_gradients_do_not_reach_another_document(name: str, dtype: torch.dtype) -> None:
     """A loss of the second document alone leaves exactly zero in the first, and the reverse."""
-    document_BS = (torch.arange(S) >= 10).long().expand(B, S)
+    document_BS = (torch.arange(21) >= 10).long().expand(B, 21)
     run, inputs = sequence_op(name, dtype, Documents.from_ids(document_BS))
-    for own, other in ((slice(10, S), slice(0, 10)), (slice(0, 10), slice(10, S))):
+    for own, other in ((slice(10, 21), slice(0, 10)), (slice(0, 10), slice(10, 21))):
         leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
         y = run(leaves)[own]
         y.backward(torch.randn(y.shape).to(dtype))
@@ -270,6 +280,13 @@ def test_bf16_gradient_without_a_buffer_has_the_dtype_of_the_weight(name: str) -
     weight = nn.Parameter(torch.randn(shape).bfloat16())
     backward(op, weight, torch.randn(12, 8).bfloat16(), 1.0)
     assert weight.grad.dtype == torch.bfloat16
+
+
+def test_gradient_of_a_frequent_token_adds_up_in_fp32() -> None:
+    """4096 ones; a BF16 sum stops growing at 256."""
+    weight = nn.Parameter(torch.zeros(3, 2).bfloat16())
+    embedding(torch.full((64, 64), 1), weight).sum().backward()
+    assert weight.grad.tolist() == [[0, 0], [4096, 4096], [0, 0]]
 
 
 @pytest.mark.parametrize("dtype", FORMATS.values(), ids=FORMATS)
