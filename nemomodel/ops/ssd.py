@@ -12,15 +12,18 @@ intermediate from the inputs.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from nemomodel.ops.backend import kernel_takes
 from nemomodel.ops.documents import Documents
 
-
 CPU_CHUNK = 64
-"""Longest chunk on a CPU: work within chunks grows with Q, and its squares should stay in cache."""
+"""Longest chunk on a CPU: the work within chunks grows with Q."""
+
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+"""Size of the largest intermediates, so that memory does not grow with the length."""
 
 
 def ssd(
@@ -62,20 +65,20 @@ def _ssd_mamba_ssm(x, dt, A, B, C, D, chunk_size, id_SB) -> Tensor:
     )
 
 
-# Shapes below: J chunks; h heads of one group, so that H = G * h; X = h * P.
+# The sequence is worked off in blocks of J chunks, a state handed from each to the next. Shapes:
+# h heads of one group, so that H = G * h; X = h * P.
 
 
 class _Chunks(NamedTuple):
-    """The inputs cut into chunks, padded at the end with steps that change nothing (dt = 0)."""
+    """One block of the inputs, padded at the end with steps that change nothing (dt = 0)."""
 
     x: Tensor  # [J, B, G, Q, h, P]
     dt: Tensor  # [J, B, G, h, Q]
     B: Tensor  # [J, B, G, Q, N]
     C: Tensor  # [J, B, G, Q, N]
     sees: Tensor  # [J or 1, B or 1, 1, Q, Q], 1 where i >= j in the same document, else 0
-    starts_here: Tensor | None  # [J, B, 1, 1, Q], True where no document border lies since
-    # the end of the last chunk
-    ends_here: Tensor | None  # [J, B, 1, 1, Q], True where none lies until the chunk's end
+    starts_here: Tensor | None  # [J, B, 1, 1, Q], no document border since the last chunk's end
+    ends_here: Tensor | None  # [J, B, 1, 1, Q], no document border until the chunk's end
 
 
 class _Decays(NamedTuple):
@@ -87,29 +90,34 @@ class _Decays(NamedTuple):
     whole: Tensor  # [J, B, G, h], from the state before the chunk to the state after it
 
 
-def _cut(x, dt, B, C, Q, id_SB) -> _Chunks:
-    S, G = x.shape[0], B.shape[2]
-    padding = -S % Q
+def _blocks(x_SBHP: Tensor, Q: int) -> list[slice]:
+    S, B, H, P = x_SBHP.shape
+    chunks = max(1, BLOCK_ELEMENTS[x_SBHP.device.type] // (B * H * Q * max(P, Q)))
+    return [slice(start, min(start + chunks * Q, S)) for start in range(0, S, chunks * Q)]
 
-    def pad(t, value=0):
-        return torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, padding), value=value)
 
-    if padding:
-        x, dt, B, C = (pad(t) for t in (x, dt, B, C))
+def _cut(x, dt, B, C, id_SB, *, rows: slice, Q: int) -> _Chunks:
+    G, padding = B.shape[2], (rows.start - rows.stop) % Q
+
+    def pad(t):
+        t = t[rows]
+        return F.pad(t, (0, 0) * (t.dim() - 1) + (0, padding)) if padding else t
+
     causal = torch.ones(Q, Q, dtype=dt.dtype, device=dt.device).tril_()
     sees, starts_here, ends_here = causal.expand(1, 1, 1, Q, Q), None, None
     if id_SB is not None:
         # Padding belongs to the last document: nothing comes after it.
-        id_ = torch.cat([id_SB, id_SB[-1:].expand(padding, -1)]) if padding else id_SB
-        id_ = rearrange(id_, "(j q) b -> j b 1 1 q", q=Q)
-        sees = causal * (id_.unsqueeze(-1) == id_.unsqueeze(-2)).squeeze(3)
-        before = torch.cat([id_[:1, ..., :1], id_[:-1, ..., -1:]])
-        starts_here, ends_here = id_ == before, id_ == id_[..., -1:]
+        own, last = id_SB[rows], id_SB[rows.stop - 1 : rows.stop].expand(padding, -1)
+        ids = rearrange(torch.cat([own, last]), "(j q) b -> j b 1 1 q", q=Q)
+        sees = causal * (ids.unsqueeze(-1) == ids.unsqueeze(-2)).squeeze(3)
+        first = id_SB[max(rows.start - 1, 0)].view(1, -1, 1, 1, 1)
+        starts_here = ids == torch.cat([first, ids[:-1, ..., -1:]])
+        ends_here = ids == ids[..., -1:]
     return _Chunks(
-        x=rearrange(x, "(j q) b (g h) p -> j b g q h p", q=Q, g=G).contiguous(),
-        dt=rearrange(dt, "(j q) b (g h) -> j b g h q", q=Q, g=G).contiguous(),
-        B=rearrange(B, "(j q) b g n -> j b g q n", q=Q).contiguous(),
-        C=rearrange(C, "(j q) b g n -> j b g q n", q=Q).contiguous(),
+        x=rearrange(pad(x), "(j q) b (g h) p -> j b g q h p", q=Q, g=G).contiguous(),
+        dt=rearrange(pad(dt), "(j q) b (g h) -> j b g h q", q=Q, g=G).contiguous(),
+        B=rearrange(pad(B), "(j q) b g n -> j b g q n", q=Q).contiguous(),
+        C=rearrange(pad(C), "(j q) b g n -> j b g q n", q=Q).contiguous(),
         sees=sees,
         starts_here=starts_here,
         ends_here=ends_here,
@@ -120,138 +128,176 @@ def _decays(c: _Chunks, A_H: Tensor) -> _Decays:
     steps = c.dt * A_H.view(c.dt.shape[2], -1, 1)
     # A product with a 0/1 matrix, not cumsum: a sum that starts at a document border then has
     # the same bits whatever the document before it holds.
-    sums = steps @ c.sees.mT.to(steps.dtype)
-    from_start, to_end = sums.clamp(min=-80).exp_(), (sums[..., -1:] - sums).clamp_(-80, 0).exp_()
+    sums = steps @ c.sees.mT
+    from_start, to_end = _exp(sums), _exp(sums[..., -1:] - sums)
     whole = from_start[..., -1].clone()
     if c.starts_here is not None:
         from_start = from_start * c.starts_here
-        to_end = to_end.masked_fill_(~c.ends_here, 0)
+        to_end = to_end * c.ends_here
         whole = whole * c.starts_here[..., -1]
     return _Decays(sums, from_start, to_end, whole)
 
 
-def _within(d: _Decays, head: int) -> Tensor:
-    """L of one head of every group, [J, B, G, Q, Q]; pairs that `sees` excludes are not 0 here.
+LOWEST = -40.0
+"""exp of less adds nothing to terms near 1, but its products are denormal numbers, which make
+every operation on a CPU more than ten times slower."""
 
-    Clamped: a decay of exp(-80) is nothing, but denormal results make exp ten times slower, and
-    above the diagonal it would overflow.
-    """
-    sums = d.sums[:, :, :, head]
-    return (sums.unsqueeze(-1) - sums.unsqueeze(-2)).clamp_(-80, 0).exp_()
+
+def _exp(sums: Tensor) -> Tensor:
+    return sums.clamp(LOWEST, 0).exp_().mul_(sums > LOWEST)
+
+
+def _within(d: _Decays) -> Tensor:
+    """L, [J, B, G, h, Q, Q]; pairs that `sees` excludes are not 0 here, nor overflow."""
+    return (d.sums.unsqueeze(-1) - d.sums.unsqueeze(-2)).clamp_(LOWEST, 0).exp_()
 
 
 def _scores(c: _Chunks) -> Tensor:
     """C B^T of pairs that see each other, else 0: shared by the heads of a group."""
-    return (c.C @ c.B.mT).mul_(c.sees)
+    return (c.C @ c.B.mT).to(c.dt.dtype).mul_(c.sees)
 
 
 def _scale(t_JBGQhP: Tensor, by_JBGhQ: Tensor) -> Tensor:
     return t_JBGQhP * by_JBGhQ.mT.unsqueeze(-1).to(t_JBGQhP.dtype)
 
 
-def _states(c: _Chunks, d: _Decays, u: Tensor) -> Tensor:
-    """State before each chunk, [J, B, G, X, N], from u = dt x."""
+def _dot(a_JBGQhP: Tensor, b_JBGQhP: Tensor) -> Tensor:
+    """Sum over P, as [J, B, G, h, Q]."""
+    return torch.linalg.vecdot(a_JBGQhP, b_JBGQhP).mT
+
+
+def _heads(t_JBGQhP: Tensor) -> Tensor:
+    """[J, B, G, h, Q, P], and back."""
+    return t_JBGQhP.transpose(3, 4)
+
+
+def _states(c: _Chunks, d: _Decays, u: Tensor, state: Tensor) -> Tensor:
+    """State before each chunk and after the last one, [J + 1, B, G, X, N], from u = dt x.
+
+    Args:
+        state: [B, G, X, N] before the first chunk.
+    """
     added = _scale(u, d.to_end).flatten(-2).mT @ c.B
-    states = torch.zeros_like(added, dtype=d.sums.dtype)
+    states = torch.empty(len(added) + 1, *state.shape, dtype=state.dtype, device=state.device)
+    states[0] = state
     by_head = states.unflatten(3, (u.shape[4], -1))
-    for j in range(len(states) - 1):
-        by_head[j + 1] = added[j].view_as(by_head[j])
-        by_head[j + 1].addcmul_(by_head[j], d.whole[j, ..., None, None])
+    for j in range(len(added)):
+        torch.mul(by_head[j], d.whole[j, ..., None, None], out=by_head[j + 1])
+        states[j + 1] += added[j]
     return states
+
+
+def _forward_block(c: _Chunks, A: Tensor, D: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """y [J, B, G, Q, h, P], and the state after the block."""
+    d = _decays(c, A)
+    u = _scale(c.x, c.dt)
+    states = _states(c, d, u, state)
+    from_state = (c.C @ states[:-1].to(u.dtype).mT).view_as(u)
+    y = from_state.mul_(d.from_start.mT.unsqueeze(-1).to(u.dtype))
+    M = _within(d).mul_(_scores(c).unsqueeze(3)).to(u.dtype)
+    y += _heads(M @ _heads(u))
+    y.addcmul_(c.x, D.view(y.shape[2], 1, -1, 1).to(y.dtype))
+    return y, states[-1]
+
+
+def _backward_block(
+    c: _Chunks, A: Tensor, D: Tensor, dy: Tensor, state: Tensor, d_state: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of one block: dx, d_dt, dB, dC in chunks; dA, dD; and of the state before it.
+
+    Args:
+        state: before the block, as in the forward pass.
+        d_state: gradient of the state after the block.
+    """
+    G, heads, wide = c.dt.shape[2], c.dt.shape[3], c.dt.dtype
+    d = _decays(c, A)
+    u = _scale(c.x, c.dt)
+    states = _states(c, d, u, state)[:-1]
+    narrow = states.to(u.dtype)
+    wide_x, wide_dy = c.x.to(wide), dy.to(wide)
+
+    # From the state before each chunk to the outputs.
+    dy_start = _scale(dy, d.from_start).flatten(-2)  # [J, B, G, Q, X]
+    dC = dy_start @ narrow
+    d_states = (dy_start.mT @ c.C).to(wide)
+    from_state = (c.C @ narrow.mT).view_as(dy).to(wide)
+    d_sums = d.from_start * _dot(wide_dy, from_state)
+
+    # From chunk to chunk, last to first: d_after[j] meets the state after chunk j.
+    d_after = torch.empty_like(d_states)
+    for j in range(len(states) - 1, -1, -1):
+        d_after[j] = d_state
+        by_head = d_state.unflatten(2, (heads, -1)), states[j].unflatten(2, (heads, -1))
+        d_sums[j, ..., -1] += (by_head[0] * by_head[1]).sum((-2, -1)) * d.whole[j]
+        carried = by_head[0] * d.whole[j, ..., None, None]
+        d_state = d_states[j].add_(carried.flatten(2, 3))
+
+    # From the inputs of each chunk to the state after it.
+    narrow = d_after.to(u.dtype)
+    du = (c.B @ narrow.mT).view_as(u).mul_(d.to_end.mT.unsqueeze(-1).to(u.dtype))
+    dB = _scale(u, d.to_end).flatten(-2) @ narrow
+    to_state = c.dt * _dot(wide_x, du.to(wide))
+    d_sums[..., -1] += to_state.sum(-1)
+    d_sums -= to_state
+
+    # Within the chunks.
+    scores, L = _scores(c).unsqueeze(3), _within(d)
+    dy_h, u_h = _heads(dy).contiguous(), _heads(u).contiguous()
+    L_dM = (dy_h @ u_h.mT).to(wide).mul_(L)
+    M = L.mul_(scores)
+    du += _heads(M.to(u.dtype).mT @ dy_h)
+    d_scores = L_dM.sum(3).mul_(c.sees).to(c.C.dtype)
+    dC += d_scores @ c.B
+    dB += d_scores.mT @ c.C
+    # Row and column sums come from the same products, so that what enters both (the diagonal,
+    # the largest part under strong decay) cancels to the last bit.
+    L_dM *= scores
+    d_sums += L_dM.sum(-1)
+    d_sums -= L_dM.sum(-2)
+
+    d_steps = d_sums @ c.sees
+    d_dt = _dot(wide_x, du.to(wide)).addcmul_(d_steps, A.view(G, heads, 1))
+    dA = (d_steps * c.dt).sum((0, 1, 4)).flatten()
+    dD = _dot(wide_x, wide_dy).sum((0, 1, 4)).flatten()
+    dx = _scale(du, c.dt).addcmul_(dy, D.view(G, 1, heads, 1).to(dy.dtype))
+    return dx, d_dt, dB, dC, dA, dD, d_state
 
 
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, Q, id_SB):
-        ctx.save_for_backward(x, dt, A, B, C, D, id_SB)
+        G = B.shape[2]
+        state = dt.new_zeros(x.shape[1], G, x.shape[2] // G * x.shape[3], B.shape[3])
+        y, states = torch.empty_like(x, memory_format=torch.contiguous_format), []
+        for rows in _blocks(x, Q):
+            states.append(state)
+            c = _cut(x, dt, B, C, id_SB, rows=rows, Q=Q)
+            y_JBGQhP, state = _forward_block(c, A, D, state)
+            y[rows] = _join(y_JBGQhP, rows)
+        ctx.save_for_backward(x, dt, A, B, C, D, id_SB, *states)
         ctx.Q = Q
-        c = _cut(x, dt, B, C, Q, id_SB)
-        d = _decays(c, A)
-        u = _scale(c.x, c.dt)
-        states = _states(c, d, u)
-        y = (c.C @ states.to(c.C.dtype).mT).view_as(u)
-        y = y.mul_(d.from_start.mT.unsqueeze(-1).to(y.dtype))
-        scores = _scores(c)
-        for head in range(u.shape[4]):
-            M = _within(d, head).mul_(scores).to(u.dtype)
-            y[..., head, :] += M @ u[..., head, :]
-        y += c.x * D.view(y.shape[2], 1, -1, 1).to(y.dtype)
-        return rearrange(y, "j b g q h p -> (j q) b (g h) p")[: len(x)]
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, dt, A, B, C, D, id_SB = ctx.saved_tensors
-        S, Q, wide = len(x), ctx.Q, dt.dtype
-        c = _cut(x, dt, B, C, Q, id_SB)
-        dy = _cut(dy, dt, B, C, Q, None).x
-        d = _decays(c, A)
-        u = _scale(c.x, c.dt)
-        states = _states(c, d, u).to(u.dtype)
-        G, heads = u.shape[2], u.shape[4]
-
-        # From the state before the chunk to the outputs.
-        dy_start = _scale(dy, d.from_start).flatten(-2)  # [J, B, G, Q, X]
-        dC = dy_start @ states
-        d_states = (dy_start.mT @ c.C).to(wide)  # of the outputs alone, so far
-        from_state = (c.C @ states.mT).view_as(dy)
-        d_sums = d.from_start * _dot(dy, from_state, wide)
-
-        # From chunk to chunk, last to first: afterwards d_after[j] meets the state after chunk j.
-        d_after = torch.zeros_like(d_states)
-        by_head = d_after.unflatten(3, (heads, -1))
-        d_whole = torch.zeros_like(d.whole)
-        for j in range(len(states) - 2, -1, -1):
-            torch.add(
-                d_states[j + 1].view_as(by_head[j]),
-                by_head[j + 1] * d.whole[j + 1, ..., None, None],
-                out=by_head[j],
-            )
-            d_whole[j] = (by_head[j] * states[j].view_as(by_head[j])).sum((-2, -1)) * d.whole[j]
-        d_sums[..., -1] += d_whole
-
-        # From the inputs of the chunk to the state after it.
-        d_after = d_after.to(u.dtype)
-        du = (c.B @ d_after.mT).view_as(u).mul_(d.to_end.mT.unsqueeze(-1).to(u.dtype))
-        dB = _scale(u, d.to_end).flatten(-2) @ d_after
-        to_state = c.dt * _dot(c.x, du, wide)
-        d_sums[..., -1] += to_state.sum(-1)
-        d_sums -= to_state
-
-        # Within the chunk.
-        scores = _scores(c)
-        d_scores = torch.zeros_like(scores, dtype=wide)
-        for head in range(heads):
-            L = _within(d, head)
-            dM = dy[..., head, :] @ u[..., head, :].mT
-            L_dM = L * dM
-            d_scores += L_dM
-            # Row and column sums come from the same products, so that what enters both (the
-            # diagonal, the largest part under strong decay) cancels to the last bit.
-            L_dM *= scores
-            d_sums[:, :, :, head] += L_dM.sum(-1) - L_dM.sum(-2)
-            M = L.mul_(scores).to(u.dtype)
-            du[..., head, :] += M.mT @ dy[..., head, :]
-        d_scores = d_scores.mul_(c.sees).to(c.C.dtype)
-        dC += d_scores @ c.B
-        dB += d_scores.mT @ c.C
-
-        d_steps = d_sums @ c.sees.to(wide)
-        d_dt = _dot(c.x, du, wide) + d_steps * A.view(G, heads, 1)
-        dA = (d_steps * c.dt).sum((0, 1, 4)).flatten()
-        dD = _dot(c.x, dy, wide).sum((0, 1, 4)).flatten()
-        dx = _scale(du, c.dt) + dy * D.view(G, 1, heads, 1).to(dy.dtype)
-        return (
-            rearrange(dx, "j b g q h p -> (j q) b (g h) p")[:S],
-            rearrange(d_dt, "j b g h q -> (j q) b (g h)")[:S],
-            dA,
-            rearrange(dB, "j b g q n -> (j q) b g n")[:S],
-            rearrange(dC, "j b g q n -> (j q) b g n")[:S],
-            dD,
-            None,
-            None,
+        x, dt, A, B, C, D, id_SB, *states = ctx.saved_tensors
+        dx, d_dt, dB, dC = (
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C)
         )
+        dA, dD = torch.zeros_like(A), torch.zeros_like(D)
+        d_state = torch.zeros_like(states[0])
+        for rows, state in reversed(list(zip(_blocks(x, ctx.Q), states, strict=True))):
+            c = _cut(x, dt, B, C, id_SB, rows=rows, Q=ctx.Q)
+            dy_block = _cut(dy, dt, B, C, None, rows=rows, Q=ctx.Q).x
+            *parts, dA_block, dD_block, d_state = _backward_block(c, A, D, dy_block, state, d_state)
+            dx[rows], dB[rows], dC[rows] = (_join(parts[i], rows) for i in (0, 2, 3))
+            d_dt[rows] = rearrange(parts[1], "j b g h q -> (j q) b (g h)")[: rows.stop - rows.start]
+            dA += dA_block
+            dD += dD_block
+        return dx, d_dt, dA, dB, dC, dD, None, None
 
 
-def _dot(a_JBGQhP: Tensor, b_JBGQhP: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over P, as [J, B, G, h, Q]."""
-    return torch.linalg.vecdot(a_JBGQhP.to(dtype), b_JBGQhP.to(dtype)).mT
+def _join(t: Tensor, rows: slice) -> Tensor:
+    """Chunks back to positions: [S, B, H, P] of [J, B, G, Q, h, P], [S, B, G, N] of B or C."""
+    pattern = "j b g q h p -> (j q) b (g h) p" if t.dim() == 6 else "j b g q n -> (j q) b g n"
+    return rearrange(t, pattern)[: rows.stop - rows.start]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -65,10 +66,12 @@ def _run(config: Config, ranks: Ranks, request: StopRequest) -> int:
         config.data, train=config.train, vocab_size=config.model.vocab_size, seed=config.run.seed
     )
     if ranks.rank == 0:
-        _write_run_files(config)
+        _make_run_folder(config)
     engine = build_engine(config, ranks)
     checkpoints = Checkpoints(config, ranks, engine)
     progress = checkpoints.load() or Progress(step=0, tokens=0)
+    if ranks.rank == 0:  # after the checkpoint has been found to fit this config
+        write_run_files(Path(config.run.dir), config=config_to_dict(config))
     # Measured on a CPU, so once: the log names the number that MFU is computed with.
     peak = peak_flops(ranks.device, DTYPES[config.precision.recipe])
     _announce(config, ranks, data, progress, peak)
@@ -185,9 +188,11 @@ def _check_packages(config: Config) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _write_run_files(config: Config) -> None:
+def _make_run_folder(config: Config) -> None:
+    folder = Path(config.run.dir)
     try:
-        write_run_files(Path(config.run.dir), config=config_to_dict(config))
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(f"run.dir={config.run.dir!r}: {error.strerror}") from None
 
