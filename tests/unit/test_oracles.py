@@ -23,13 +23,13 @@ from tests.close import assert_close, rms_ratio
 from tests.oracles import model as model_oracle
 from tests.oracles.adamw import adamw_oracle, clip_oracle
 from tests.oracles.attention import attention_oracle
-from tools.bigram import bigram_nats_per_token, document_pairs
 from tests.oracles.conv import conv_oracle
 from tests.oracles.loss import linear_cross_entropy_oracle, mtp_targets_oracle
 from tests.oracles.moe import bias_update_oracle, moe_oracle, router_oracle, seq_aux_loss_oracle
 from tests.oracles.norm import gated_group_rmsnorm_oracle, rmsnorm_oracle
 from tests.oracles.schedule import lr_oracle
 from tests.oracles.ssd import ssd_oracle
+from tools.bigram import bigram_nats_per_token, document_pairs
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
