@@ -1,18 +1,25 @@
-"""Measure forward + backward against transformers' NemotronHForCausalLM, in CPU seconds.
+"""Measure the speed of this project on this machine.
 
-    python tools/bench.py --peer transformers
+    python tools/bench.py --peer transformers       forward + backward against
+                                                    NemotronHForCausalLM, in CPU seconds
+    python tools/bench.py --train CONFIG [key=value ...]    start-up, tokens/s, overhead, memory
+    python tools/bench.py --imports                 import times
 
-Same weights, config and batch; the two alternate in one process, so that whatever else the
-machine does meets both. Peak memory comes from a fresh process each, as the growth of the
+--peer: same weights, config and batch; the two alternate in one process, so that whatever else
+the machine does meets both. Peak memory comes from a fresh process each, as the growth of the
 resident set over the built models. transformers' clamp of dt (absent from the published model)
-is lifted, and its logits must agree with ours before anything is timed.
+is lifted, and its loss must agree with ours before anything is timed. The shapes keep the
+proportions of Nemotron 3 Super: inner width 2 x hidden, 16 heads or fewer per group, expert
+width 0.66 x hidden, shared expert twice that.
 """
 
 import argparse
+import json
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -223,55 +230,101 @@ def peak_resident() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", choices=["transformers"], help="what to compare with")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each (median)")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        help="CPU threads; with more than one, threads that wait spin and count as work",
-    )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        child(*args.child)
-        return
-    torch.set_num_threads(args.threads)
+def print_comparison(shapes: list[str], dtypes: list[str], rounds: int) -> None:
     import transformers
 
     table = Table(
         title=f"forward + backward, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, {torch.get_num_threads()} CPU threads"
+        f"{transformers.__version__}, CPU threads: {torch.get_num_threads()}"
     )
-    for column in (
-        "shape",
-        "dtype",
-        "ours, CPU s",
-        "peer, CPU s",
-        "speed-up",
-        "ours, MiB",
-        "peer, MiB",
-    ):
+    for column in ("shape", "dtype", "ours", "peer", "speed-up", "ours", "peer"):
         table.add_column(column, justify="right")
-    for shape in args.shapes:
-        for dtype in args.dtypes:
-            seconds = compare_time(SHAPES[shape], DTYPES[dtype], args.rounds)
+    table.add_row("", "", "CPU s", "CPU s", "", "MiB", "MiB")
+    for shape in shapes:
+        for dtype in dtypes:
+            seconds = compare_time(SHAPES[shape], DTYPES[dtype], rounds)
             memory = {w: peak_memory(shape, dtype, w) for w in ("ours", "transformers")}
-            ratio = seconds["transformers"] / seconds["ours"]
             table.add_row(
                 shape,
                 dtype,
                 f"{seconds['ours']:.3f}",
                 f"{seconds['transformers']:.3f}",
-                f"{ratio:.2f}x",
+                f"{seconds['transformers'] / seconds['ours']:.2f}x",
                 f"{memory['ours']:.0f}",
                 f"{memory['transformers']:.0f}",
             )
     Console().print(table)
+
+
+def seconds_of(code: str) -> float:
+    """Best of three wall times of `python -c code`."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure_training(config: str, num_steps: int, overrides: list[str]) -> None:
+    """Start-up, speed and overhead of a real run from a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = Path(folder) / "metrics.jsonl"
+        command = [sys.executable, "train.py", config, *overrides, f"run.dir={folder}"]
+        command += [f"train.stop_after={num_steps}", f"observe.log_interval={num_steps // 2}"]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.05)
+        first_step = time.perf_counter() - start
+        if process.wait():
+            raise SystemExit(f"exit code {process.returncode}: {' '.join(command)}")
+        record = json.loads(metrics.read_text().splitlines()[-1])
+    print(f"start of the process to the end of step 1: {first_step:.1f} s")
+    for name in ("tokens_per_s", "step_s", "mfu", "overhead_fraction", "memory_gb"):
+        if (value := record.get(f"perf/{name}")) is not None:
+            print(f"perf/{name}, steps {num_steps // 2 + 1} to {num_steps}: {value:.4g}")
+
+
+def measure_imports() -> None:
+    torch_alone = seconds_of("import torch")
+    for name in ("nemomodel", "nemomodel.model.nemotron", "nemomodel.train.loop"):
+        print(f"import {name}: {seconds_of(f'import torch, {name}') - torch_alone:.2f} s", end=" ")
+        print(f"beyond torch ({torch_alone:.2f} s)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--peer", choices=["transformers"], help="compare with this package")
+    what.add_argument("--train", metavar="CONFIG", help="measure a run of the trainer")
+    what.add_argument("--imports", action="store_true", help="measure import times")
+    what.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each (median)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads of --peer; of several, those that wait spin and count as work",
+    )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument(
+        "--steps", type=int, default=40, help="steps of --train, the last half timed"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for --train")
+    args = parser.parse_args()
+    if args.child:
+        child(*args.child)
+    elif args.train:
+        measure_training(args.train, args.steps, args.overrides)
+    elif args.imports:
+        measure_imports()
+    else:
+        torch.set_num_threads(args.threads)
+        print_comparison(args.shapes, args.dtypes, args.rounds)
 
 
 if __name__ == "__main__":

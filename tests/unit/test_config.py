@@ -93,7 +93,7 @@ def test_none_unsets_a_section_and_a_key_in_file_and_override(tmp_path: Path) ->
     assert load("model.mtp=none").model.num_mtp_blocks == 0
     assert load("model.mtp=none").model.mtp_layers == ()
     file = tmp_path / "none.toml"
-    file.write_text(TINY.read_text().replace("interval = 200", 'interval = "none"'))
+    file.write_text(TINY.read_text().replace("interval = 100", 'interval = "none"'))
     config = load_config(file)
     assert config.checkpoint.interval is None
     assert config.train.validation_interval is None
@@ -241,8 +241,8 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
             "use train.micro_batch_size in {1, 2, 4, 8}",
         ),
         (
-            "train.stop_after=601",
-            "train.stop_after=601 is more than train.steps=600; use at most 600",
+            "train.stop_after=401",
+            "train.stop_after=401 is more than train.steps=400; use at most 400",
         ),
         (
             "optim.min_lr=1",
@@ -250,17 +250,17 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
         ),
         (
             "schedule.kind=cosine",
-            "schedule.decay_steps=150 has no effect with schedule.kind='cosine'; "
+            "schedule.decay_steps=100 has no effect with schedule.kind='cosine'; "
             "remove it, or use 'wsd'",
         ),
         (
             "schedule.decay_steps=none",
-            "schedule.decay_steps is missing; with schedule.kind='wsd' use 1 to 600",
+            "schedule.decay_steps is missing; with schedule.kind='wsd' use 1 to 400",
         ),
         (
-            "schedule.warmup_steps=451",
-            "schedule.warmup_steps=451 plus schedule.decay_steps=150 is more than "
-            "train.steps=600; use 600 or less",
+            "schedule.warmup_steps=301",
+            "schedule.warmup_steps=301 plus schedule.decay_steps=100 is more than "
+            "train.steps=400; use 400 or less",
         ),
         # data
         (
@@ -274,7 +274,7 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
         ),
         (
             'data.train=[{path = "data/t"}]',
-            "train.validation_interval=200 has no effect: data.validation is empty; "
+            "train.validation_interval=100 has no effect: data.validation is empty; "
             "give data.validation, or remove it",
         ),
     ],

@@ -84,7 +84,8 @@ def checkout(tmp_path):
 
 
 def install(target: str) -> str:
-    return f"uv pip install -c /repo/constraints.txt -e {target} --python /repo/.venv/bin/python"
+    install = f"uv pip install -c /repo/constraints.txt -e {target}"
+    return f"{install} --compile-bytecode --python /repo/.venv/bin/python"
 
 
 @pytest.mark.parametrize("args", [(), ("train",), ("run", "x.toml"), ("--help",)], ids=str)
