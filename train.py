@@ -22,7 +22,7 @@ def main() -> int:
         action="store_true",
         help="print parameters, FLOPs and memory as JSON and exit; needs no weights and no GPU",
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # overrides may follow --describe
     rank = os.environ.get("RANK", "0")
     try:
         config = load_config(args.config, args.overrides)

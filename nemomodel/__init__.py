@@ -29,6 +29,7 @@ def load_model(
 
     Raises:
         CheckpointError: no intact checkpoint there.
+        ValueError: another dtype than bfloat16, float32 or float64.
     """
     from nemomodel.checkpoint.load_model import load_model
 

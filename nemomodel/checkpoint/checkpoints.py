@@ -84,11 +84,15 @@ class Checkpoints:
         self._config, self._ranks, self._engine = config, ranks, engine
         self._root = Path(config.run.dir) / FOLDER
         self._pending: _Pending | None = None
+        self._damaged: set[Path] = set()
         self._rank_0(self._remove_partial_folders)
 
     def latest(self) -> Path | None:
-        """The newest published checkpoint; `load` is what verifies it."""
-        return next(iter(step_folders(self._root)), None)
+        """The newest published checkpoint that `load` has not found damaged."""
+        return next(iter(self._intact()), None)
+
+    def _intact(self) -> list[Path]:
+        return [folder for folder in step_folders(self._root) if folder not in self._damaged]
 
     def save(self, step: int, *, tokens: int) -> None:
         """Write the state after update `step`; with async_save only start to.
@@ -170,6 +174,7 @@ class Checkpoints:
             if not wrong:
                 return self._restore(folder)
             found.append(wrong[0])
+            self._damaged.add(folder)
             if self._ranks.rank == 0:
                 logger.warning("checkpoint %s is damaged (%s); trying older", folder, wrong[0])
         if found:
@@ -180,6 +185,9 @@ class Checkpoints:
         state = read_state(folder)
         ours = json.loads(json.dumps(config_to_dict(self._config)))
         _check_model(folder, state["config"]["model"], ours["model"])
+        if self._ranks.rank == 0:
+            for line in _changes(state["config"], ours):
+                logger.warning("resuming %s with %s", folder, line)
         restore(self._engine, self._ranks, folder, state)
         return Progress(step=state["step"], tokens=state["tokens"])
 
@@ -223,8 +231,10 @@ class Checkpoints:
         else:
             partial.rename(final)
         replace_text(self._root / LATEST, final.name)
-        for folder in step_folders(self._root)[self._config.checkpoint.keep :]:
-            shutil.rmtree(folder)
+        # A damaged one must not take the place of one that is kept.
+        self._damaged.discard(final)
+        for folder in [*self._intact()[self._config.checkpoint.keep :], *self._damaged]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _remove_partial_folders(self) -> None:
         """Left by runs that died while saving; only at start can none of them be ours."""
@@ -288,6 +298,20 @@ def _check_model(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> N
     ]
     if lines:
         raise CheckpointError(f"checkpoint {folder}: {'; '.join(lines)}; the models differ")
+
+
+def _changes(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Settings that differ from the run so far and change how it goes on."""
+    saved, ours = _flat(saved), _flat(ours)
+    quiet = ("run.dir", "train.stop_after", "checkpoint.", "observe.", "data.cache_dir")
+    reorder = ("data.", "run.seed", "train.seq_length", "train.global_batch_size")
+    lines = []
+    for key in sorted(saved.keys() | ours.keys()):
+        if saved.get(key) == ours.get(key) or key.startswith(quiet):
+            continue
+        order = "; the order of the data changes here" if key.startswith(reorder) else ""
+        lines.append(f"{key}={ours.get(key)!r}, which was {saved.get(key)!r}{order}")
+    return lines
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

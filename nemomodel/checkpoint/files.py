@@ -23,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 FORMAT = 1
@@ -177,7 +178,10 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=SafeReader(folder), planner=planner, no_dist=True)
+        try:
+            dcp.load(tensors, storage_reader=SafeReader(folder), planner=planner, no_dist=True)
+        except CheckpointException as error:  # a BaseException, which nobody expects
+            raise CheckpointError(f"{folder}: cannot be read: {error}") from error
 
 
 def saved_shapes(folder: Path) -> dict[str, list[int]]:

@@ -13,6 +13,11 @@ def load_model(
     path: Path | str, *, dtype: torch.dtype | None, device: torch.device | str
 ) -> Nemotron:
     """See `nemomodel.load_model`."""
+    if dtype is not None and dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"dtype={dtype!r}: weights have no such format; "
+            "use torch.bfloat16, torch.float32 or torch.float64"
+        )
     folder = find_checkpoint(path)
     config = parse_config(read_config(folder), where=str(folder))
     with torch.device(device):

@@ -104,7 +104,7 @@ class MtpConfig:
     """Layers of one MTP block."""
     shared: bool = True
     """One physical block applied at every depth; false is one block per depth."""
-    loss_scale: NotNegative = 0.3
+    loss_scale: Positive = 0.3
     """The mean MTP loss over depths enters the total with this factor."""
 
 

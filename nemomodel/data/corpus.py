@@ -86,7 +86,7 @@ def _build(folder: Path, vocab_size: int) -> None:
     with staging_folder(folder) as staged:
         tokenizer = train_tokenizer(texts, vocab_size=vocab_size)
         path = staged / "tokenizer.json"
-        tokenizer.save(str(path))
+        path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         eod_id = end_token_id(tokenizer, name=None)
         train, validation = (
             TokenPart(

@@ -20,7 +20,8 @@ METRICS = {
     "perf/tokens_per_s": "tokens per second of wall time, over all ranks",
     "perf/mfu": "model FLOPs per second over the peak of all devices, 0 to 1",
     "perf/step_s": "seconds of wall time per step",
-    "perf/overhead_fraction": "share of a step outside forward, backward and optimizer, 0 to 1",
+    "perf/overhead_fraction": "share of the time outside forward, backward and optimizer, 0 to 1; "
+    "with the copying of a checkpoint where one falls into the interval",
     "perf/memory_gb": "peak memory allocated on one device, 1e9 bytes",
 }
 """Name -> meaning and unit. `{k}` stands for a number."""

@@ -52,7 +52,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i, hidden in enumerate(hiddens):
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
-                h, label, factor = hidden[part], labels[i][part], weights[i][part].to(wide)
+                h, factor = hidden[part], weights[i][part].to(wide)
+                label = labels[i][part].masked_fill(factor == 0, 0)  # may be a filler like -100
                 logits = F.linear(h, weight).to(wide)
                 at_label = logits.gather(-1, label.unsqueeze(-1))
                 top = logits.amax(-1, keepdim=True)

@@ -18,6 +18,8 @@ EXIT_NOT_FINITE = 3
 """A gradient was not finite; the last checkpoint is from before that step."""
 EXIT_CHECKPOINT = 4
 """A checkpoint could not be written or none could be read; published ones are untouched."""
+EXIT_IO = 5
+"""A file could not be read or written, e.g. the disk is full; the message names it."""
 EXIT_INTERRUPTED = 75
 """SIGTERM or SIGINT: a checkpoint was saved, the same command goes on from it."""
 
@@ -61,4 +63,6 @@ def exit_code_of(error: Exception) -> int | None:
         return EXIT_NOT_FINITE
     if isinstance(error, CheckpointError):
         return EXIT_CHECKPOINT
+    if isinstance(error, OSError):
+        return EXIT_IO
     return None

@@ -1,8 +1,10 @@
 """The training run, from a config to an exit code."""
 
+import fcntl
 import logging
 import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -56,20 +58,27 @@ def run(config: Config) -> int:
     setup_logging(ranks.rank)
     try:
         with stop_request() as request:
-            return _run(config, ranks, request)
+            data = open_data(
+                config.data,
+                train=config.train,
+                vocab_size=config.model.vocab_size,
+                seed=config.run.seed,
+            )
+            with _run_folder(config, ranks):
+                return _run(config, ranks, data, request)
     finally:
         stop_ranks()
 
 
-def _run(config: Config, ranks: Ranks, request: StopRequest) -> int:
-    data = open_data(
-        config.data, train=config.train, vocab_size=config.model.vocab_size, seed=config.run.seed
-    )
-    if ranks.rank == 0:
-        _make_run_folder(config)
+def _run(config: Config, ranks: Ranks, data: TokenData, request: StopRequest) -> int:
     engine = build_engine(config, ranks)
     checkpoints = Checkpoints(config, ranks, engine)
     progress = checkpoints.load() or Progress(step=0, tokens=0)
+    if progress.step > config.train.steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps}: {checkpoints.latest()} is further already; "
+            f"use at least {progress.step}, or another run.dir"
+        )
     if ranks.rank == 0:  # after the checkpoint has been found to fit this config
         write_run_files(Path(config.run.dir), config=config_to_dict(config))
     # Measured on a CPU, so once: the log names the number that MFU is computed with.
@@ -118,7 +127,7 @@ def _train(
     train, interval = config.train, config.checkpoint.interval
     # A run that is already further stays where it is: its weights are not those of stop_after.
     last = max(train.stop_after or train.steps, progress.step)
-    step_tokens = train.global_batch_size * train.seq_length
+    step_tokens, tokens = train.global_batch_size * train.seq_length, progress.tokens
     bytes_V = None
     if data.has_validation and data.tokenizer is not None:
         bytes_V = token_bytes(data.tokenizer, vocab_size=config.model.vocab_size)
@@ -152,13 +161,14 @@ def _train(
                 checkpoints.finish()  # one that is still being written is from before this step
                 raise
         meter.step_done(step_tokens)
+        tokens += step_tokens
 
         values: dict[str, float] = {}
-        if step % config.observe.log_interval == 0 or step in (1, last):
+        if step % config.observe.log_interval == 0 or step in (1, train.steps):
             values |= losses_per_token(losses, num_targets, ranks)
             values |= {"optim/grad_norm": grad_norm, "optim/lr": lr}
             values |= expert_loads(engine.ddp.module, count)
-            values |= {"data/tokens": step * step_tokens, **meter.read()}
+            values |= {"data/tokens": tokens, **meter.read()}
         if data.has_validation and _due(step, train.validation_interval, train.steps):
             with meter.paused():
                 pieces = data.validation(dp_rank=ranks.dp_rank, dp_size=ranks.dp_size)
@@ -167,11 +177,11 @@ def _train(
             write_metrics(sinks, step, values)
         checkpoints.poll()
         if interval and step % interval == 0:
-            checkpoints.save(step, tokens=step * step_tokens)
+            checkpoints.save(step, tokens=tokens)
             saved = step
 
     if saved != last:
-        checkpoints.save(last, tokens=last * step_tokens)
+        checkpoints.save(last, tokens=tokens)
     checkpoints.finish()
     log.info("stopped after step %d of %d; checkpoint %s", last, train.steps, checkpoints.latest())
     return exit_code
@@ -188,13 +198,27 @@ def _check_packages(config: Config) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _make_run_folder(config: Config) -> None:
+@contextmanager
+def _run_folder(config: Config, ranks: Ranks) -> Iterator[None]:
+    """Make run.dir, and keep other runs out of it until the block ends."""
+    if ranks.rank != 0:
+        yield
+        return
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        lock = (folder / "run.lock").open("w")
     except OSError as error:
         raise ConfigError(f"run.dir={config.run.dir!r}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"run.dir={config.run.dir!r}: another run is at work there; "
+                "wait for it, or use another folder"
+            ) from None
+        yield
 
 
 def _announce(
