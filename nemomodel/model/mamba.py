@@ -10,6 +10,7 @@ from nemomodel.model.layers import Linear
 from nemomodel.ops.conv import causal_conv
 from nemomodel.ops.documents import Documents
 from nemomodel.ops.norm import gated_group_rms_norm
+from nemomodel.ops.precision import accumulator
 from nemomodel.ops.ssd import ssd
 
 
@@ -37,7 +38,7 @@ class Mamba(nn.Module):
         self.config = config
         inner_size = config.num_heads * config.head_dim
         state_width = config.num_groups * config.state_size
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = accumulator(dtype)
         # Rows of in_proj in this order; the middle three pass the convolution together.
         self.split = [inner_size, inner_size, state_width, state_width, config.num_heads]
         conv_size = sum(self.split[1:4])

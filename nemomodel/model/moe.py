@@ -16,6 +16,7 @@ from nemomodel.ops.experts import (
     permute_gates,
 )
 from nemomodel.ops.linear import linear_fp32
+from nemomodel.ops.precision import accumulator
 
 
 class Routing(NamedTuple):
@@ -36,7 +37,7 @@ class Router(nn.Module):
     def __init__(self, config: MoeConfig, hidden_size: int, *, dtype: torch.dtype):
         super().__init__()
         self.config = config
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = accumulator(dtype)
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, dtype=dtype))
         self.register_buffer("expert_bias", torch.empty(config.num_experts, dtype=wide))
 

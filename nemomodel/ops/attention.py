@@ -6,6 +6,7 @@ from einops import rearrange
 from torch import Tensor
 
 from nemomodel.ops.documents import Documents
+from nemomodel.ops.precision import accumulator
 
 
 def causal_attention(
@@ -64,7 +65,7 @@ class _BlockedAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         q, k, v = _fold(*saved)
         dy, _, _ = _fold(dy, *saved[1:])
-        wide = _wide(q.dtype)
+        wide = accumulator(q.dtype)
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(t, dtype=wide) for t in (k, v))
         for start, stop in _blocks(q):
@@ -102,16 +103,12 @@ def _blocks(q: Tensor) -> list[tuple[int, int]]:
 def _probabilities(q: Tensor, k: Tensor, start: int, stop: int) -> Tensor:
     """softmax(q k^T / sqrt(P)) of queries start..stop, wide: [B * G, h, stop - start, stop]."""
     q_block = q[:, :, start:stop]
-    wide = _wide(q.dtype)
+    wide = accumulator(q.dtype)
     scores = (q_block.flatten(1, 2) @ k[:, :stop].mT).to(wide).mul_(q.shape[-1] ** -0.5)
     scores = scores.view(*q_block.shape[:3], stop)
     later = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
     scores[..., start:].masked_fill_(later, -torch.inf)
     return scores.softmax(-1)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _attend_varlen(q_SBHP: Tensor, k_SBGP: Tensor, v_SBGP: Tensor, documents: Documents) -> Tensor:

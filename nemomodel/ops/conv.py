@@ -1,10 +1,12 @@
 """Causal depthwise convolution with SiLU, sequence first."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nemomodel.ops.backend import kernel_takes
 from nemomodel.ops.documents import Documents
+from nemomodel.ops.precision import wide
 from nemomodel.ops.wgrad import deliver_grad, widen
 
 
@@ -30,17 +32,18 @@ def _conv_causal_conv1d(x, weight, bias, id_SB) -> Tensor:
     return y.permute(2, 0, 1)
 
 
-def _accumulate(x_SBC, weight, bias, id_SB):
-    """bias + sum of taps, wide."""
-    wide = x_SBC if x_SBC.dtype == torch.float64 else x_SBC.float()
-    taps = weight.to(wide.dtype).T.contiguous()  # [W, C]
-    acc = torch.addcmul(bias.to(wide.dtype), wide, taps[-1])
-    for w in range(1, min(len(taps), len(wide))):
-        acc[w:].addcmul_(_same_document(wide[:-w], id_SB, w), taps[-1 - w])
-    return acc, wide, taps
+def _accumulate(
+    x_SBC: Tensor, weight: Tensor, bias: Tensor, id_SB: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """bias + sum of taps; with x and the taps [W, C] it was made of, all wide."""
+    x_SBC, taps = wide(x_SBC), wide(weight).T.contiguous()
+    acc = torch.addcmul(wide(bias), x_SBC, taps[-1])
+    for w in range(1, min(len(taps), len(x_SBC))):
+        acc[w:].addcmul_(_same_document(x_SBC[:-w], id_SB, w), taps[-1 - w])
+    return acc, x_SBC, taps
 
 
-def _same_document(x_SBC, id_SB, distance):
+def _same_document(x_SBC: Tensor, id_SB: Tensor | None, distance: int) -> Tensor:
     """x of positions whose successor at `distance` is in the same document, else 0."""
     if id_SB is None:
         return x_SBC
@@ -53,23 +56,20 @@ class _CausalConv(torch.autograd.Function):
         acc, _, _ = _accumulate(x, weight, bias, id_SB)
         ctx.save_for_backward(x, id_SB)
         ctx.weight, ctx.bias = weight, bias
-        return torch.nn.functional.silu(acc, inplace=True).to(x.dtype)
+        return F.silu(acc, inplace=True).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
         x, id_SB = ctx.saved_tensors
-        acc, wide, taps = _accumulate(x, ctx.weight, ctx.bias, id_SB)
-        d_acc = torch.ops.aten.silu_backward(dy.to(acc.dtype), acc)
+        acc, wide_x, taps = _accumulate(x, ctx.weight, ctx.bias, id_SB)
+        d_acc = torch.ops.aten.silu_backward(wide(dy), acc)
         dx = d_acc * taps[-1]
-        dw = torch.empty_like(taps)
-        dw[-1] = (d_acc * wide).sum((0, 1))
-        for w in range(1, len(taps)):
-            if w >= len(wide):
-                dw[-1 - w] = 0
-                continue
+        dw = torch.zeros_like(taps)
+        dw[-1] = (d_acc * wide_x).sum((0, 1))
+        for w in range(1, min(len(taps), len(x))):
             d_tap = _same_document(d_acc[w:], id_SB, w)
             dx[:-w].addcmul_(d_tap, taps[-1 - w])
-            dw[-1 - w] = (d_tap * wide[:-w]).sum((0, 1))
+            dw[-1 - w] = (d_tap * wide_x[:-w]).sum((0, 1))
         d_weight = deliver_grad(ctx.weight, dw.T) if ctx.needs_input_grad[1] else None
         d_bias = deliver_grad(ctx.bias, d_acc.sum((0, 1))) if ctx.needs_input_grad[2] else None
         return dx.to(x.dtype), d_weight, d_bias, None

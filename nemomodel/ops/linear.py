@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemomodel.ops.precision import accumulator, wide
 from nemomodel.ops.wgrad import deliver_grad
 
 
@@ -44,15 +45,15 @@ class _LinearFp32(torch.autograd.Function):
     def forward(ctx, x, weight):
         ctx.save_for_backward(x)
         ctx.weight = weight
-        return F.linear(_wide(x), _wide(weight))
+        return F.linear(wide(x), wide(weight))
 
     @staticmethod
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        dx = (dy @ _wide(ctx.weight)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dx = (dy @ wide(ctx.weight)).to(x.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None
-        dw = dy.flatten(0, -2).T @ _wide(x).flatten(0, -2)
+        dw = dy.flatten(0, -2).T @ wide(x).flatten(0, -2)
         return dx, deliver_grad(ctx.weight, dw)
 
 
@@ -69,15 +70,7 @@ class _Embedding(torch.autograd.Function):
         rows, weight = ids.flatten(), ctx.weight
         # Sorting by row first adds up a frequent token's gradient before it meets the table.
         unique, place = rows.unique(return_inverse=True)
-        dw_rows = dy.new_zeros(len(unique), dy.shape[-1], dtype=_accumulator(dy.dtype))
+        dw_rows = dy.new_zeros(len(unique), dy.shape[-1], dtype=accumulator(dy.dtype))
         dw_rows.index_add_(0, place, dy.flatten(0, -2).to(dw_rows.dtype))
         dw = torch.zeros(weight.shape, dtype=dw_rows.dtype, device=dy.device)
         return None, deliver_grad(weight, dw.index_copy_(0, unique, dw_rows))
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(_accumulator(x.dtype))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemomodel.ops.precision import accumulator
 from nemomodel.ops.wgrad import deliver_grad
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
@@ -42,7 +43,7 @@ def linear_cross_entropy(heads: list[Targets], weight: Tensor) -> tuple[Tensor, 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, labels, weights, *hiddens):
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        wide = accumulator(weight.dtype)
         chunk = CHUNK_TOKENS[weight.device.type]
         need_hidden, need_weight = any(ctx.needs_input_grad[3:]), ctx.needs_input_grad[0]
         dw = torch.zeros_like(weight, dtype=wide) if need_weight else None

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemomodel.ops.precision import wide
 from nemomodel.ops.wgrad import deliver_grad
 
 
@@ -23,16 +24,12 @@ def gated_group_rms_norm(
     return _GatedGroupRMSNorm.apply(x, z, weight, eps, num_groups)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / rms(x) and 1 / rms(x) over the last dimension, both wide."""
-    wide = _wide(x)
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    x = wide(x)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     inverse_rms = (norm.square_().div_(x.shape[-1])).add_(eps).rsqrt_()
-    return wide * inverse_rms, inverse_rms
+    return x * inverse_rms, inverse_rms
 
 
 def _normalize_backward(d_hat: Tensor, hat: Tensor, inverse_rms: Tensor) -> Tensor:
@@ -53,7 +50,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         hat, inverse_rms = _normalize(x, ctx.eps)
-        dy = _wide(dy)
+        dy = wide(dy)
         dw = None
         if ctx.needs_input_grad[1]:
             dw = deliver_grad(ctx.weight, (dy * hat).flatten(0, -2).sum(0))
@@ -64,7 +61,7 @@ class _RMSNorm(torch.autograd.Function):
 class _GatedGroupRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, z, weight, eps, num_groups):
-        gated = _wide(x) * F.silu(_wide(z))
+        gated = wide(x) * F.silu(wide(z))
         hat, _ = _normalize(gated.unflatten(-1, (num_groups, -1)), eps)
         ctx.save_for_backward(x, z)
         ctx.weight, ctx.eps, ctx.num_groups = weight, eps, num_groups
@@ -73,7 +70,7 @@ class _GatedGroupRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, z = ctx.saved_tensors
-        wide_x, wide_z, dy = _wide(x), _wide(z), _wide(dy)
+        wide_x, wide_z, dy = wide(x), wide(z), wide(dy)
         gate = torch.sigmoid(wide_z)
         silu = wide_z * gate
         gated = (wide_x * silu).unflatten(-1, (ctx.num_groups, -1))
