@@ -33,9 +33,7 @@ from torch import Tensor
 from nemomodel.config.pattern import LayerKind
 from nemomodel.config.schema import AttentionConfig, MambaConfig, ModelConfig, MoeConfig
 from nemomodel.model.init import initialize
-from nemomodel.model.nemotron import Nemotron
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from nemomodel.model.nemotron import DTYPES, Nemotron
 
 
 @dataclass(frozen=True)
@@ -310,7 +308,7 @@ def main() -> None:
         help="CPU threads of --peer; of several, those that wait spin and count as work",
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument(
         "--steps", type=int, default=40, help="steps of --train, the last half timed"
     )

@@ -32,20 +32,22 @@ def linear_cross_entropy(heads: list[Targets], weight: Tensor) -> tuple[Tensor, 
         sums: unweighted sum of the cross-entropy where weight_T is not 0, one per head.
 
     The gradients are formed in the forward pass, while a chunk's probabilities exist. The head
-    gradient is one FP32 sum over all heads, so small MTP terms are not lost to rounding.
+    gradient is summed in FP32 over chunks and heads, so small MTP terms are not lost to rounding.
     """
     hiddens = [head.hidden_TD for head in heads]
     labels = [head.label_T for head in heads]
     weights = [head.weight_T for head in heads]
-    return _LinearCrossEntropy.apply(weight, labels, weights, *hiddens)
+    # Inside a Function gradients are always off, and needs_input_grad ignores no_grad.
+    return _LinearCrossEntropy.apply(weight, labels, weights, torch.is_grad_enabled(), *hiddens)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, labels, weights, *hiddens):
+    def forward(ctx, weight, labels, weights, with_grad, *hiddens):
         wide = accumulator(weight.dtype)
         chunk = CHUNK_TOKENS[weight.device.type]
-        need_hidden, need_weight = any(ctx.needs_input_grad[3:]), ctx.needs_input_grad[0]
+        need_hidden = with_grad and any(ctx.needs_input_grad[4:])
+        need_weight = with_grad and ctx.needs_input_grad[0]
         dw = torch.zeros_like(weight, dtype=wide) if need_weight else None
         d_hiddens = [torch.empty_like(h) if need_hidden else None for h in hiddens]
         sums = torch.zeros(len(hiddens), dtype=wide, device=weight.device)
@@ -83,4 +85,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dw is not None:
             dw = deliver_grad(ctx.weight, dw * d_total)
         scaled = (d * d_total.to(d.dtype) if d is not None else None for d in d_hiddens)
-        return dw, None, None, *scaled
+        return dw, None, None, None, *scaled
