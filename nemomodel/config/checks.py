@@ -11,20 +11,18 @@ from nemomodel.config.schema import Config, ModelConfig
 
 def problems(config: Config) -> Iterator[str]:
     """Every rule that `config` breaks by itself (the number of ranks is checked at launch)."""
-    patterns_fine = True
-    for key, pattern in _patterns(config.model):
-        try:
-            parse_pattern(pattern)
-        except ValueError as error:
-            patterns_fine = False
-            yield f"{key}={pattern!r}: {error}"
-    if patterns_fine:
-        yield from _model(config.model)
+    yield from model_problems(config.model)
+    if not list(_patterns(config.model)):
         yield from _recompute(config)
     yield from _parallel(config)
     yield from _train(config)
     yield from _schedule(config)
     yield from _data(config)
+
+
+def model_problems(model: ModelConfig) -> Iterator[str]:
+    """Every rule that the model breaks by itself."""
+    yield from list(_patterns(model)) or _model(model)
 
 
 def rank_problems(config: Config, world_size: int) -> Iterator[str]:
@@ -44,10 +42,15 @@ def rank_problems(config: Config, world_size: int) -> Iterator[str]:
         )
 
 
-def _patterns(model: ModelConfig) -> Iterator[tuple[str, str]]:
-    yield "model.layer_pattern", model.layer_pattern
+def _patterns(model: ModelConfig) -> Iterator[str]:
+    patterns = {"model.layer_pattern": model.layer_pattern}
     if model.mtp:
-        yield "model.mtp.layer_pattern", model.mtp.layer_pattern
+        patterns["model.mtp.layer_pattern"] = model.mtp.layer_pattern
+    for key, pattern in patterns.items():
+        try:
+            parse_pattern(pattern)
+        except ValueError as error:
+            yield f"{key}={pattern!r}: {error}"
 
 
 def _model(model: ModelConfig) -> Iterator[str]:

@@ -10,14 +10,15 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from nemomodel.config.checks import problems
-from nemomodel.config.schema import Config
+from nemomodel.config.checks import model_problems, problems
+from nemomodel.config.schema import Config, ModelConfig
 
 _WANTED = {
     "greater_than": "a value above {gt}",
@@ -64,15 +65,38 @@ def parse_config(raw: dict[str, Any], *, where: str) -> Config:
     Raises:
         ConfigError: with one line per problem, headed by `where`.
     """
+    return _parse(Config, raw, where, problems)
+
+
+def parse_model(raw: dict[str, Any], *, where: str) -> ModelConfig:
+    """Build the model section alone, e.g. that of a checkpoint.
+
+    Raises:
+        ConfigError: with one line per problem, headed by `where`.
+    """
+    root = _parse(_ModelAlone, {"model": raw}, where, lambda root: model_problems(root.model))
+    return root.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelAlone:
+    """Gives the keys of a model their prefix."""
+
+    model: ModelConfig
+
+
+def _parse[T](
+    cls: type[T], raw: dict[str, Any], where: str, check: Callable[[T], Iterable[str]]
+) -> T:
     try:
         # JSON mode is what makes strict accept an array for a tuple field.
-        config = TypeAdapter(Config).validate_json(
+        config = TypeAdapter(cls).validate_json(
             json.dumps(_none(raw), default=str), strict=True, extra="forbid"
         )
     except ValidationError as error:
         found = [_explain(e) for e in error.errors(include_url=False)]
     else:
-        found = list(problems(config))
+        found = list(check(config))
         if not found:
             return config
     count = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
