@@ -7,12 +7,11 @@ from torch import Tensor, nn
 
 from nemomodel.config.schema import MoeConfig
 from nemomodel.model.layers import MLP, Linear
-from nemomodel.ops.activation import gated_squared_relu
 from nemomodel.ops.experts import (
     Permutation,
     add_copies,
     copy_tokens,
-    grouped_linear,
+    expert_mlp,
     permute_gates,
 )
 from nemomodel.ops.linear import linear_fp32
@@ -43,15 +42,18 @@ class Router(nn.Module):
 
     def forward(self, x_SBD: Tensor) -> Routing:
         score_SBE = linear_fp32(x_SBD, self.weight).sigmoid()
-        score_TE = score_SBE.flatten(0, 1)
-        expert_TK = self._choose(score_TE.detach() + self.expert_bias)
+        expert_TK, gate_TK = self.choose(score_SBE.flatten(0, 1))
+        return Routing(expert_TK, gate_TK, self._balance(score_SBE))
+
+    def choose(self, score_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """expert_TK and gate_TK of sigmoid scores."""
+        expert_TK = self._best(score_TE.detach() + self.expert_bias)
         gate_TK = score_TE.gather(-1, expert_TK)
         if self.config.normalize_gates:
             gate_TK = gate_TK / (gate_TK.sum(-1, keepdim=True) + 1e-20)
-        gate_TK = gate_TK * self.config.routed_scaling_factor
-        return Routing(expert_TK, gate_TK, self._balance(score_SBE))
+        return expert_TK, gate_TK * self.config.routed_scaling_factor
 
-    def _choose(self, biased_TE: Tensor) -> Tensor:
+    def _best(self, biased_TE: Tensor) -> Tensor:
         c = self.config
         if c.top_groups < c.num_groups:
             by_group = biased_TE.unflatten(-1, (c.num_groups, -1))
@@ -96,8 +98,7 @@ class Experts(nn.Module):
         self.fc2 = nn.Parameter(torch.empty(num_experts, size, ffn_size, dtype=dtype))
 
     def forward(self, z_RL: Tensor, gate_R: Tensor, rows_E: Tensor) -> Tensor:
-        h_RF = gated_squared_relu(grouped_linear(z_RL, self.fc1, rows_E), gate_R)
-        return grouped_linear(h_RF, self.fc2, rows_E)
+        return expert_mlp(z_RL, gate_R, self.fc1, self.fc2, rows_E)
 
 
 class LatentMoE(nn.Module):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemomodel.ops.activation import gated_squared_relu
 from nemomodel.ops.wgrad import deliver_grad
 
 CPU_BF16_ROWS = 32
@@ -56,6 +57,32 @@ def add_copies(y_RL: Tensor, order: Permutation) -> Tensor:
 def permute_gates(gate_TK: Tensor, order: Permutation) -> Tensor:
     """The gate of every row, 0 for padding: [R]."""
     return _PermuteGates.apply(gate_TK, order)
+
+
+def expert_mlp(x_RL: Tensor, gate_R: Tensor, fc1: Tensor, fc2: Tensor, rows_E: Tensor) -> Tensor:
+    """fc2_e (gate * relu(fc1_e x)^2) for the rows_E[e] consecutive rows of each expert e.
+
+    Args:
+        fc1: [E, F, L]; fc2: [E, L, F]. Their gradients accumulate in FP32.
+    """
+    if x_RL.is_cuda:
+        h_RF = gated_squared_relu(grouped_linear(x_RL, fc1, rows_E), gate_R)
+        return grouped_linear(h_RF, fc2, rows_E)
+    return _ExpertMlp.apply(x_RL, gate_R, fc1, fc2, rows_E)
+
+
+def expert_mlp(x_RL: Tensor, gate_R: Tensor, fc1: Tensor, fc2: Tensor, rows_E: Tensor) -> Tensor:
+    """fc2_e (gate * relu(fc1_e x)^2) for the rows_E[e] consecutive rows of each expert e.
+
+    Gates enter before fc2, which is linear.
+
+    Args:
+        fc1, fc2: [E, F, L] and [E, L, F]; their gradients accumulate in FP32.
+    """
+    if not x_RL.is_cuda:
+        return _ExpertMlp.apply(x_RL, gate_R, fc1, fc2, rows_E)
+    h_RF = gated_squared_relu(grouped_linear(x_RL, fc1, rows_E), gate_R)
+    return grouped_linear(h_RF, fc2, rows_E)
 
 
 def grouped_linear(x_RI: Tensor, weight: Tensor, rows_E: Tensor) -> Tensor:
@@ -120,6 +147,45 @@ class _GroupedLinear(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return dx, None, None
         return dx, deliver_grad(ctx.weight, _grouped_wgrad(dy, x, rows_E)), None
+
+
+class _ExpertMlp(torch.autograd.Function):
+    """Each expert as a whole, so that what lies between its products stays in a CPU's cache."""
+
+    @staticmethod
+    def forward(ctx, x, gate, fc1, fc2, rows_E):
+        rows = rows_E.tolist()
+        narrow = gate.to(x.dtype).unsqueeze(-1)
+        relu, y = x.new_empty(len(x), fc1.shape[1]), torch.empty_like(x)
+        for x_e, gate_e, relu_e, y_e, fc1_e, fc2_e in zip(
+            *(t.split(rows) for t in (x, narrow, relu, y)), fc1, fc2, strict=True
+        ):
+            if len(x_e):
+                torch.mm(x_e, fc1_e.T, out=relu_e).relu_()
+                torch.mm(relu_e.square().mul_(gate_e), fc2_e.T, out=y_e)
+        ctx.save_for_backward(x, gate, relu)
+        ctx.fc1, ctx.fc2, ctx.rows = fc1, fc2, rows
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, gate, relu = ctx.saved_tensors
+        fc1, fc2, rows = ctx.fc1, ctx.fc2, ctx.rows
+        narrow = gate.to(x.dtype).unsqueeze(-1)
+        dx, d_gate = torch.empty_like(x), torch.empty_like(gate)
+        d_fc1, d_fc2 = (torch.empty_like(w, requires_grad=False) for w in (fc1, fc2))
+        by_expert = [t.split(rows) for t in (x, narrow, relu, dy, dx, d_gate)]
+        for x_e, gate_e, relu_e, dy_e, dx_e, d_gate_e, fc1_e, fc2_e, d_fc1_e, d_fc2_e in zip(
+            *by_expert, fc1, fc2, d_fc1, d_fc2, strict=True
+        ):
+            # No rows: zero weight gradients.
+            torch.mm(dy_e.T, relu_e.square().mul_(gate_e), out=d_fc2_e)
+            dh_e = (dy_e @ fc2_e).mul_(relu_e)
+            torch.sum(dh_e * relu_e, -1, dtype=gate.dtype, out=d_gate_e)
+            dh_e.mul_(2 * gate_e)
+            torch.mm(dh_e, fc1_e, out=dx_e)
+            torch.mm(dh_e.T, x_e, out=d_fc1_e)
+        return dx, d_gate, deliver_grad(fc1, d_fc1), deliver_grad(fc2, d_fc2), None
 
 
 def _has_kernel(x: Tensor) -> bool:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemomodel.ops.precision import accumulator, wide
+from nemomodel.ops.product import product
 from nemomodel.ops.wgrad import deliver_grad
 
 
@@ -28,15 +29,15 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight):
         ctx.save_for_backward(x)
         ctx.weight = weight
-        return F.linear(x, weight)
+        return product(x, weight.T)
 
     @staticmethod
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        dx = dy @ ctx.weight if ctx.needs_input_grad[0] else None
+        dx = product(dy, ctx.weight) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None
-        dw = dy.flatten(0, -2).T @ x.flatten(0, -2)
+        dw = product(dy.flatten(0, -2).T, x.flatten(0, -2))
         return dx, deliver_grad(ctx.weight, dw)
 
 
@@ -45,15 +46,15 @@ class _LinearFp32(torch.autograd.Function):
     def forward(ctx, x, weight):
         ctx.save_for_backward(x)
         ctx.weight = weight
-        return F.linear(wide(x), wide(weight))
+        return product(wide(x), wide(weight).T)
 
     @staticmethod
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        dx = (dy @ wide(ctx.weight)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dx = product(dy, wide(ctx.weight)).to(x.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None
-        dw = dy.flatten(0, -2).T @ wide(x).flatten(0, -2)
+        dw = product(dy.flatten(0, -2).T, wide(x).flatten(0, -2))
         return dx, deliver_grad(ctx.weight, dw)
 
 

@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nemomodel.ops.precision import accumulator
+from nemomodel.ops.product import product
 from nemomodel.ops.wgrad import deliver_grad
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
@@ -57,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + chunk)
                 h, factor = hidden[part], weights[i][part].to(wide)
                 label = labels[i][part].masked_fill(factor == 0, 0)  # may be a filler like -100
-                logits = F.linear(h, weight).to(wide)
+                logits = product(h, weight.T).to(wide)
                 at_label = logits.gather(-1, label.unsqueeze(-1))
                 top = logits.amax(-1, keepdim=True)
                 exp = logits.sub_(top).exp_()
@@ -71,9 +71,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_logits = exp.mul_(factor / norm).scatter_add_(-1, label.unsqueeze(-1), -factor)
                 d_logits = d_logits.to(h.dtype)
                 if need_hidden:
-                    torch.mm(d_logits, weight, out=d_hiddens[i][part])
+                    d_hiddens[i][part] = product(d_logits, weight)
                 if need_weight:
-                    dw += d_logits.T @ h
+                    dw += product(d_logits.T, h)
         ctx.weight = weight
         ctx.save_for_backward(dw, *d_hiddens)
         ctx.mark_non_differentiable(sums)
