@@ -37,6 +37,9 @@ def _patch_torch() -> None:
     torch.cuda.current_stream = lambda device=None: stream
     torch.cuda.current_device = lambda: "cpu"
     torch.cuda.synchronize = lambda device=None: None
+    # torch looks up once which functions `with torch.device(...)` redirects: before they change.
+    with torch.device("meta"):
+        torch.empty(0)
     for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
         setattr(torch, name, _redirect_device(getattr(torch, name)))
     torch.Tensor.cuda = _cuda
