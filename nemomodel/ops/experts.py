@@ -62,18 +62,6 @@ def permute_gates(gate_TK: Tensor, order: Permutation) -> Tensor:
 def expert_mlp(x_RL: Tensor, gate_R: Tensor, fc1: Tensor, fc2: Tensor, rows_E: Tensor) -> Tensor:
     """fc2_e (gate * relu(fc1_e x)^2) for the rows_E[e] consecutive rows of each expert e.
 
-    Args:
-        fc1: [E, F, L]; fc2: [E, L, F]. Their gradients accumulate in FP32.
-    """
-    if x_RL.is_cuda:
-        h_RF = gated_squared_relu(grouped_linear(x_RL, fc1, rows_E), gate_R)
-        return grouped_linear(h_RF, fc2, rows_E)
-    return _ExpertMlp.apply(x_RL, gate_R, fc1, fc2, rows_E)
-
-
-def expert_mlp(x_RL: Tensor, gate_R: Tensor, fc1: Tensor, fc2: Tensor, rows_E: Tensor) -> Tensor:
-    """fc2_e (gate * relu(fc1_e x)^2) for the rows_E[e] consecutive rows of each expert e.
-
     Gates enter before fc2, which is linear.
 
     Args:
