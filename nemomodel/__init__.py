@@ -17,18 +17,21 @@ def load_model(
 ) -> "Nemotron":
     """The model of a checkpoint, ready to use:
 
-        model = nemomodel.load_model("runs/tiny")
+        model = nemomodel.load_model("runs/tiny")   or a Hugging Face nemotron_h folder
         model(ids_BS)                               logits [B, S, V]
         model.mtp_logits(ids_BS)                    one [B, S, V] per MTP depth
         model.loss(ids_BS, labels_BS, loss_mask_BS) training loss, scalar
 
     Args:
-        path: a run folder (its newest intact checkpoint) or one step folder.
-        dtype: of weights and activations; that of the run's recipe when not given. A_log, D,
+        path: a run folder (its newest intact checkpoint), one step folder, an imported
+            checkpoint, or a Hugging Face folder with BF16 or FP32 weights.
+        dtype: of weights and activations; that of the checkpoint when not given. A_log, D,
             dt_bias and the router biases are FP32 at least.
 
     Raises:
-        CheckpointError: no intact checkpoint there.
+        CheckpointError: no intact checkpoint there; tensors that are missing, extra, misshapen or
+            packed; files outside the folder.
+        ConfigError: config.json says what this model cannot do.
         ValueError: another dtype than bfloat16, float32 or float64.
     """
     from nemomodel.checkpoint.load_model import load_model

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import torch
 
-from nemomodel.checkpoint.weights import find_checkpoint, load_weights, read_config
-from nemomodel.config.load import parse_config
+from nemomodel.checkpoint.files import read_state
+from nemomodel.checkpoint.huggingface.folder import is_hf_folder, open_folder
+from nemomodel.checkpoint.weights import copy_checkpoint, copy_folder, find_checkpoint
+from nemomodel.config.load import parse_model
+from nemomodel.config.schema import ModelConfig
 from nemomodel.model.nemotron import DTYPES, Nemotron
 
 
@@ -18,9 +21,19 @@ def load_model(
             f"dtype={dtype!r}: weights have no such format; "
             "use torch.bfloat16, torch.float32 or torch.float64"
         )
-    folder = find_checkpoint(path)
-    config = parse_config(read_config(folder), where=str(folder))
-    with torch.device(device):
-        model = Nemotron(config.model, dtype=dtype or DTYPES[config.precision.recipe])
-    load_weights(folder, model)
+
+    def build(config: ModelConfig, recipe: str) -> Nemotron:
+        with torch.device(device):
+            return Nemotron(config, dtype=dtype or DTYPES[recipe])
+
+    path = Path(path)
+    if is_hf_folder(path):
+        folder = open_folder(path)
+        model = build(folder.config, folder.recipe)
+        copy_folder(folder, model)
+    else:
+        step = find_checkpoint(path)
+        config = read_state(step)["config"]
+        model = build(parse_model(config["model"], where=str(step)), config["precision"]["recipe"])
+        copy_checkpoint(step, model)
     return model.eval()

@@ -1,6 +1,9 @@
 """Read the weights and the config of a checkpoint in one process, without process groups."""
 
+import json
 import logging
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,24 @@ from nemomodel.checkpoint.files import (
     read_tensors,
     step_folders,
 )
+from nemomodel.checkpoint.huggingface.folder import Folder, is_hf_folder, open_folder
+from nemomodel.config.load import parse_model
+from nemomodel.config.schema import ModelConfig
+from nemomodel.model.nemotron import Nemotron
 
 logger = logging.getLogger(__name__)
+
+# Keys of the model section that change neither what a weight means nor which there are: the
+# number of MTP blocks shows in the tensors.
+_MAY_DIFFER = {
+    "init_std",
+    "mamba.chunk_size",
+    "moe.bias_update_rate",
+    "moe.aux_loss_coeff",
+    "mtp.num_depths",
+    "mtp.shared",
+    "mtp.loss_scale",
+}
 
 
 def find_checkpoint(path: Path | str) -> Path:
@@ -48,19 +67,66 @@ def read_config(path: Path | str) -> dict[str, Any]:
 def load_weights(path: Path | str, model: nn.Module) -> Path:
     """Copy the weights of a checkpoint into `model`, which keeps its dtypes and devices.
 
-    It does not matter on how many ranks the checkpoint was written.
+    It does not matter on how many ranks the checkpoint was written. Memory beside the model: one
+    tensor.
 
     Args:
-        path: step folder, or run folder of which the newest intact checkpoint is taken.
+        path: step folder, run folder of which the newest intact checkpoint is taken, or Hugging
+            Face folder (a `Nemotron` only).
 
     Returns:
-        The step folder that was read.
+        The folder that was read.
 
     Raises:
-        CheckpointError: no intact checkpoint, or one of another model.
+        CheckpointError: no intact checkpoint, or one of another model: another shape, or another
+            setting that changes what the weights mean.
+        ConfigError: as `huggingface.folder.open_folder`.
     """
+    path = Path(path)
+    if is_hf_folder(path):
+        copy_folder(open_folder(path), model)
+        return path
     folder = find_checkpoint(path)
+    copy_checkpoint(folder, model)
+    return folder
+
+
+def copy_checkpoint(folder: Path, model: nn.Module) -> None:
+    """`load_weights` from a step folder that `find_checkpoint` has verified."""
+    if isinstance(model, Nemotron):
+        saved = parse_model(read_state(folder)["config"]["model"], where=str(folder))
+        _check_config(folder, saved, model.config)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     check_shapes(folder, {name: list(tensor.shape) for name, tensor in tensors.items()})
     read_tensors(folder, tensors)
-    return folder
+
+
+def copy_folder(folder: Folder, model: Nemotron) -> None:
+    """`load_weights` from a Hugging Face folder."""
+    _check_config(folder.path, folder.config, model.config)
+    tensors = model.state_dict()
+    if {entry.name: entry.shape for entry in folder.entries} != {
+        name: tuple(tensor.shape) for name, tensor in tensors.items()
+    }:
+        raise CheckpointError(f"{folder.path}: has another number of MTP blocks than the model")
+    for entry in folder.entries:
+        folder.read(entry, tensors[entry.name])
+
+
+def _check_config(folder: Path, saved: ModelConfig, ours: ModelConfig) -> None:
+    lines = list(_differences(asdict(saved), asdict(ours)))
+    if lines:
+        raise CheckpointError("\n  ".join([f"checkpoint {folder}: the models differ", *lines]))
+
+
+def _differences(saved: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in ours:
+        name, a, b = prefix + key, saved[key], ours[key]
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{name}.")
+        elif a != b and name not in _MAY_DIFFER:
+            yield f"model.{name}: the checkpoint has {_word(a)}, the model {_word(b)}"
+
+
+def _word(value: Any) -> str:
+    return "such a section" if isinstance(value, dict) else json.dumps(value)

@@ -1,0 +1,109 @@
+"""The small files beside weights: tokenizer, chat template, generation settings."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nemomodel.checkpoint.files import FOLDER, CheckpointError
+from nemomodel.checkpoint.huggingface.folder import CONFIG, contained, read_json
+
+CARRIED = "hf"
+"""Where an imported checkpoint keeps the files of the folder it came from."""
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION = "generation_config.json"
+# Files of a tokenizer and of the chat format. No code, no weights.
+_NAMES = re.compile(
+    r"tokenizer(_config)?\.(json|model)|tokenizer\.model(\.v\d+)?|special_tokens_map\.json"
+    r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)"
+    r"|(generation_)?config\.json|(LICENSE|NOTICE)(\.\w+)?"
+)
+_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+
+
+def find_tokenizer(path: Path | str) -> Path | None:
+    """tokenizer.json of a run folder, step folder, imported checkpoint or Hugging Face folder."""
+    return next((f / TOKENIZER for f in _folders(Path(path)) if (f / TOKENIZER).is_file()), None)
+
+
+def find_carried(path: Path | str) -> Path | None:
+    """The folder of files that a checkpoint was imported with, if it was."""
+    folders = (root / CARRIED for root in _roots(Path(path)))
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def end_token_ids(path: Path | str) -> list[int]:
+    """Ids of the tokens that end a text; empty when nothing says so.
+
+    What generation_config.json says counts, else config.json, else the well-known end tokens of
+    tokenizer.json. `path` is as for `find_tokenizer`.
+    """
+    for name in (GENERATION, CONFIG):
+        for folder in _folders(Path(path)):
+            if (folder / name).is_file():
+                ids = read_json(folder, name).get("eos_token_id")
+                if ids is not None:
+                    return list(ids) if isinstance(ids, list) else [ids]
+    tokenizer = find_tokenizer(path)
+    return list(known_end_tokens(tokenizer).values()) if tokenizer else []
+
+
+def known_end_tokens(tokenizer: Path) -> dict[str, int]:
+    """Name and id of each well-known end token of a tokenizer.json."""
+    vocab = _vocab(tokenizer)
+    return {name: vocab[name] for name in _END_TOKENS if name in vocab}
+
+
+def num_tokens(tokenizer: Path) -> int:
+    """Highest token id plus one."""
+    return max(_vocab(tokenizer).values(), default=-1) + 1
+
+
+def copy_carried(source: Path, target: Path) -> list[str]:
+    """Copy the known small files of a folder; returns their names.
+
+    Raises:
+        CheckpointError: one of them is a link that leads out of the folder.
+    """
+    names = sorted(path.name for path in source.iterdir() if _NAMES.fullmatch(path.name))
+    for name in names:
+        shutil.copyfile(contained(source, name), target / name)
+    return names
+
+
+def tokenizer_config(tokenizer: Path, *, max_length: int | None) -> dict[str, Any]:
+    """tokenizer_config.json for a tokenizer.json that has none."""
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if max_length is not None:
+        config["model_max_length"] = max_length
+    end = next(iter(known_end_tokens(tokenizer)), None)
+    if end is not None:
+        config |= {"eos_token": end, "pad_token": end}
+    return config
+
+
+def _roots(path: Path) -> list[Path]:
+    """A checkpoint, and the run folder of a step folder."""
+    path = path.resolve()
+    return [path, path.parent.parent] if path.parent.name == FOLDER else [path]
+
+
+def _folders(path: Path) -> list[Path]:
+    """Where the files of a checkpoint may lie, the nearest first."""
+    return [folder for root in _roots(path) for folder in (root / CARRIED, root)]
+
+
+def _vocab(tokenizer: Path) -> dict[str, int]:
+    try:
+        raw = json.loads(tokenizer.read_text(encoding="utf-8"))
+        vocab = raw["model"]["vocab"]
+        # A Unigram model lists [token, score] in the order of ids.
+        pairs = (
+            vocab.items() if isinstance(vocab, dict) else ((t[0], i) for i, t in enumerate(vocab))
+        )
+        return dict(pairs) | {token["content"]: token["id"] for token in raw["added_tokens"]}
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{tokenizer}: is no tokenizer.json: {error!r}") from None
