@@ -247,6 +247,9 @@ class CheckpointConfig:
     """Complete checkpoints kept; older ones are removed after a new one is published."""
     async_save: bool = True
     """Write in the background while training goes on."""
+    init_from: Annotated[str, MinLen(1)] | None = None
+    """Run folder, checkpoint or Hugging Face folder whose weights a new run starts from, with a
+    fresh optimizer, schedule and data order. A run that has a checkpoint itself resumes that."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a run was started with: config.json and environment.json of the run folder."""
+"""What a run was started with: config.json, environment.json, tokenizer.json of the run folder."""
 
 import datetime
 import importlib.metadata
@@ -58,19 +58,23 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_run_files(run_dir: Path, *, config: Mapping[str, Any]) -> None:
-    """Write config.json and environment.json; call it on one rank.
+def write_run_files(
+    run_dir: Path, *, config: Mapping[str, Any], tokenizer: Path | None = None
+) -> None:
+    """Write config.json, environment.json and, if there is one, tokenizer.json; on one rank.
 
-    What an earlier start left is kept as config.N.json and environment.N.json, N from 1; an
-    unchanged config is not written again.
+    With its tokenizer a run folder is all that generating and exporting need. What an earlier
+    start left is kept as config.N.json and so on, N from 1; an unchanged file is not written
+    again.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    _write_json(run_dir / "config.json", config)
-    _write_json(run_dir / "environment.json", environment())
+    _write(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
+    _write(run_dir / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    if tokenizer is not None:
+        _write(run_dir / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    text = json.dumps(data, indent=2) + "\n"
+def _write(path: Path, text: str) -> None:
     if path.exists():
         earlier = path.read_text(encoding="utf-8")
         if earlier == text:

@@ -11,6 +11,7 @@ import torch
 
 from nemomodel.checkpoint.checkpoints import Checkpoints, Progress
 from nemomodel.checkpoint.state import Engine
+from nemomodel.checkpoint.weights import load_weights
 from nemomodel.config.load import ConfigError, config_to_dict
 from nemomodel.config.pattern import LayerKind
 from nemomodel.config.schema import Config
@@ -73,14 +74,16 @@ def run(config: Config) -> int:
 def _run(config: Config, ranks: Ranks, data: TokenData, request: StopRequest) -> int:
     engine = build_engine(config, ranks)
     checkpoints = Checkpoints(config, ranks, engine)
-    progress = checkpoints.load() or Progress(step=0, tokens=0)
+    progress = checkpoints.load() or _start(config, engine)
     if progress.step > config.train.steps:
         raise ConfigError(
             f"train.steps={config.train.steps}: {checkpoints.latest()} is further already; "
             f"use at least {progress.step}, or another run.dir"
         )
     if ranks.rank == 0:  # after the checkpoint has been found to fit this config
-        write_run_files(Path(config.run.dir), config=config_to_dict(config))
+        write_run_files(
+            Path(config.run.dir), config=config_to_dict(config), tokenizer=data.tokenizer
+        )
     # Measured on a CPU, so once: the log names the number that MFU is computed with.
     peak = peak_flops(ranks.device, DTYPES[config.precision.recipe])
     _announce(config, ranks, data, progress, peak)
@@ -97,6 +100,14 @@ def _run(config: Config, ranks: Ranks, data: TokenData, request: StopRequest) ->
     finally:
         for sink in sinks:
             sink.close()
+
+
+def _start(config: Config, engine: Engine) -> Progress:
+    """Before the first step: with initial weights, or those of another run or model."""
+    if source := config.checkpoint.init_from:
+        log.info("weights from %s", load_weights(source, engine.ddp.module))
+        engine.optimizer.reload_model_params()  # its FP32 copies
+    return Progress(step=0, tokens=0)
 
 
 def build_engine(config: Config, ranks: Ranks) -> Engine:

@@ -135,7 +135,7 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
         ("model.mtp.depths=3", "model.mtp.depths: unknown key; did you mean 'num_depths'?"),
         (
             "checkpoint.zzz=1",
-            "checkpoint.zzz: unknown key; known keys: interval, keep, async_save",
+            "checkpoint.zzz: unknown key; known keys: interval, keep, async_save, init_from",
         ),
         # types and ranges
         ("train.steps=0", "train.steps=0: is not allowed; use a value above 0"),
