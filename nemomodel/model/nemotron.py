@@ -82,8 +82,12 @@ class Nemotron(nn.Module):
 
     def forward(self, ids_BS: Tensor, documents: Documents | None = None) -> Tensor:
         """Logits of the next token, [B, S, V]."""
+        return self.lm_head.logits(self.hidden(ids_BS, documents)).transpose(0, 1)
+
+    def hidden(self, ids_BS: Tensor, documents: Documents | None = None) -> Tensor:
+        """[S, B, D] that `lm_head.logits` turns into logits, of all positions or of some."""
         hidden_SBD, _ = self._backbone(self.embedding(ids_BS.T), documents)
-        return self.lm_head.logits(hidden_SBD).transpose(0, 1)
+        return hidden_SBD
 
     def mtp_logits(self, ids_BS: Tensor, documents: Documents | None = None) -> list[Tensor]:
         """One [B, S, V] per depth: entry k - 1 at position i predicts token i + 1 + k.
