@@ -23,7 +23,7 @@ from nemomodel.checkpoint.huggingface.side_files import CARRIED, copy_carried
 from nemomodel.checkpoint.huggingface.staging import new_folder, refuse_existing
 from nemomodel.config.schema import ModelConfig
 
-FILE_BYTES = 1_000_000_000
+FILE_BYTES = 250_000_000
 """Tensors share a file up to this size; the writer holds those of one file in memory."""
 
 MODEL_TOML = "model.toml"
