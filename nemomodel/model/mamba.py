@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 from nemomodel.config.schema import MambaConfig
 from nemomodel.model.layers import Linear
+from nemomodel.model.past import STEP_POSITIONS, Past
 from nemomodel.ops.conv import causal_conv
 from nemomodel.ops.documents import Documents
 from nemomodel.ops.norm import gated_group_rms_norm
-from nemomodel.ops.precision import accumulator
-from nemomodel.ops.ssd import ssd
+from nemomodel.ops.precision import accumulator, wide
+from nemomodel.ops.ssd import ssd, ssd_from_state
+from nemomodel.ops.step import conv_step, ssd_step
 
 
 class GatedNorm(nn.Module):
@@ -71,3 +73,70 @@ class Mamba(nn.Module):
             documents=documents,
         )
         return self.out_proj(self.norm(rearrange(y_SBHP, "s b h p -> s b (h p)"), z))
+
+
+class CachedMamba:
+    """The mixer over positions that follow earlier ones, and what it remembers of those.
+
+    That is the last W - 1 inputs of the convolution and the state [B, H, P, N] in FP32. Of the
+    last pass, if it was short, it has both after every position.
+    """
+
+    def __init__(self, mixer: Mamba, *, batch_size: int):
+        self.mixer, self.split, c = mixer, mixer.split, mixer.config
+        self.split_in = [self.split[0], sum(self.split[1:4]), self.split[4]]
+        self.in_proj, self.out_proj = mixer.in_proj.weight, mixer.out_proj.weight
+        self.norm_weight, self.norm_eps = mixer.norm.weight, mixer.norm.eps
+        self.taps_WC, self.conv_bias = wide(mixer.conv_weight).T.contiguous(), wide(mixer.conv_bias)
+        self.A_H, self.D_H, self.dt_bias = -mixer.A_log.exp(), mixer.D, mixer.dt_bias
+        self.inputs_SBC = self.in_proj.new_zeros(
+            c.conv_kernel - 1, batch_size, mixer.conv_weight.shape[0]
+        )
+        # After each position of the last pass, as far as it was short.
+        self.states_SBHPN = self.A_H.new_zeros(1, batch_size, c.num_heads, c.head_dim, c.state_size)
+        self.kept = 0  # positions of the last pass; the state after them is [kept - 1]
+
+    def __call__(self, u_SBD: Tensor, past: Past) -> Tensor:
+        S, B, _ = u_SBD.shape
+        c, W = self.mixer.config, len(self.taps_WC)
+        z, xBC, dt = F.linear(u_SBD, self.in_proj).split_with_sizes(self.split_in, -1)
+        dt_SBH = F.softplus(dt + self.dt_bias)
+        if c.dt_min:
+            dt_SBH = dt_SBH.clamp_(min=c.dt_min)
+        if past.real_SB1 is not None:
+            # Padding is like nothing at all: no input to the convolution, no step of the state.
+            xBC, dt_SBH = xBC * past.real_SB1, dt_SBH * past.real_SB1
+        self.inputs_SBC = torch.cat([self.inputs_SBC[self.kept : self.kept + W - 1], xBC])
+        state_BHPN = self.states_SBHPN[max(self.kept - 1, 0)]
+        if S <= STEP_POSITIONS:
+            xBC = conv_step(self.inputs_SBC, self.taps_WC, self.conv_bias).to(u_SBD.dtype)
+        else:
+            weights = self.mixer.conv_weight, self.mixer.conv_bias
+            xBC = causal_conv(self.inputs_SBC, *weights, None)[W - 1 :]
+        x, B_, C = xBC.split_with_sizes(self.split[1:4], -1)
+        x_SBHP = x.view(S, B, c.num_heads, c.head_dim)
+        B_SBGN = B_.view(S, B, c.num_groups, c.state_size)
+        C_SBGN = C.view(S, B, c.num_groups, c.state_size)
+        inputs = x_SBHP, dt_SBH, self.A_H, B_SBGN, C_SBGN, self.D_H, state_BHPN
+        if S <= STEP_POSITIONS:
+            if len(self.states_SBHPN) < S:
+                self.states_SBHPN = state_BHPN.new_empty(S, *state_BHPN.shape)
+            y_SBHP = ssd_step(*inputs, self.states_SBHPN[:S])
+            self.kept = S
+        else:
+            y_SBHP, state_BHPN = ssd_from_state(*inputs, chunk_size=c.chunk_size)
+            self.states_SBHPN = state_BHPN.unsqueeze(0)
+            self.inputs_SBC, self.kept = self.inputs_SBC[S:].clone(), 0
+        gated = F.silu(wide(z)).mul_(y_SBHP.flatten(-2)).view(S, B, c.num_groups, -1)
+        hat = F.rms_norm(gated, gated.shape[-1:], None, self.norm_eps).flatten(-2)
+        return F.linear(hat.mul_(self.norm_weight).to(u_SBD.dtype), self.out_proj)
+
+    def keep(self, count: int) -> None:
+        """Forget the positions of the last pass but its first `count`, at least 1."""
+        self.kept = count
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.inputs_SBC = torch.zeros_like(self.inputs_SBC[: len(self.taps_WC) - 1])
+        self.states_SBHPN = torch.zeros_like(self.states_SBHPN[:1])
+        self.kept = 0

@@ -55,6 +55,33 @@ def ssd(
     return _SSD.apply(x_SBHP, dt_SBH, A_H, B_SBGN, C_SBGN, D_H, chunk_size, id_SB)
 
 
+@torch.no_grad()
+def ssd_from_state(
+    x_SBHP: Tensor,
+    dt_SBH: Tensor,
+    A_H: Tensor,
+    B_SBGN: Tensor,
+    C_SBGN: Tensor,
+    D_H: Tensor,
+    state_BHPN: Tensor,
+    *,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`ssd` over one document that goes on from a state; no gradients.
+
+    Args:
+        state_BHPN: h before the first position, in dt's dtype.
+
+    Returns:
+        y_SBHP, and h after the last position in the shape of `state_BHPN`.
+    """
+    if x_SBHP.device.type == "cpu":
+        chunk_size = min(chunk_size, CPU_CHUNK)
+    state = rearrange(state_BHPN, "b (g h) p n -> b g (h p) n", g=B_SBGN.shape[2])
+    y_SBHP, states = _scan(x_SBHP, dt_SBH, A_H, B_SBGN, C_SBGN, D_H, chunk_size, None, state)
+    return y_SBHP, states[-1].reshape(state_BHPN.shape)
+
+
 def _ssd_mamba_ssm(x, dt, A, B, C, D, chunk_size, id_SB) -> Tensor:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
@@ -263,18 +290,24 @@ def _backward_block(
     return dx, d_dt, dB, dC, dA, dD, d_state
 
 
+def _scan(x, dt, A, B, C, D, Q, id_SB, state: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """y, and the states [B, G, X, N] before each block and after the last one."""
+    y, states = torch.empty_like(x, memory_format=torch.contiguous_format), [state]
+    for rows in _blocks(x, Q):
+        c = _cut(x, dt, B, C, id_SB, rows=rows, Q=Q)
+        y_JBGQhP, state = _forward_block(c, A, D, state)
+        y[rows] = _join(y_JBGQhP, rows)
+        states.append(state)
+    return y, states
+
+
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, Q, id_SB):
         G = B.shape[2]
         state = dt.new_zeros(x.shape[1], G, x.shape[2] // G * x.shape[3], B.shape[3])
-        y, states = torch.empty_like(x, memory_format=torch.contiguous_format), []
-        for rows in _blocks(x, Q):
-            states.append(state)
-            c = _cut(x, dt, B, C, id_SB, rows=rows, Q=Q)
-            y_JBGQhP, state = _forward_block(c, A, D, state)
-            y[rows] = _join(y_JBGQhP, rows)
-        ctx.save_for_backward(x, dt, A, B, C, D, id_SB, *states)
+        y, states = _scan(x, dt, A, B, C, D, Q, id_SB, state)
+        ctx.save_for_backward(x, dt, A, B, C, D, id_SB, *states[:-1])
         ctx.Q = Q
         return y
 

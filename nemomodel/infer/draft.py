@@ -1,0 +1,79 @@
+"""Drafts of the tokens to come, by the MTP depths of the model itself."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemomodel.infer.sampling import Chooser
+from nemomodel.model.cache import CachedDepth, CachedModel
+from nemomodel.model.nemotron import Nemotron
+from nemomodel.model.past import STEP_POSITIONS
+
+
+class Drafter:
+    """MTP depths 1 .. length of one sequence, each with its own cache.
+
+    Depth k at position i joins depth k - 1 at i with token i + k, as in training. Towards the
+    end that token is itself a draft. A position is forgotten when its draft is not accepted, and
+    else never computed again. Depths beyond the model's own apply its last block further.
+    """
+
+    def __init__(self, model: Nemotron, cache: CachedModel, *, length: int, max_length: int):
+        blocks = model.mtp.blocks
+        self.cache, self.embedding = cache, model.embedding.weight
+        self.depths = [
+            CachedDepth(blocks[min(k, len(blocks) - 1)], max_length=max_length)
+            for k in range(length)
+        ]
+        # Hidden states of the backbone and of every depth, at the last positions.
+        self.hiddens = [self.embedding.new_zeros(0, 1, self.embedding.shape[1])] * (length + 1)
+
+    def draft(
+        self, hidden_SBD: Tensor, ids: list[int], count: int, choose: Chooser
+    ) -> tuple[list[int], list[Tensor | None]]:
+        """`count` tokens that may follow `ids`, with the distribution each was drawn from.
+
+        Args:
+            hidden_SBD: of the backbone, at the positions since the last call; the last is the
+                position before the last token of `ids`.
+            ids: the whole sequence so far.
+        """
+        stop, known, distributions = len(ids) - 1, list(ids), []
+        self._append(0, hidden_SBD)
+        for k, depth in enumerate(self.depths[:count], 1):
+            start = depth.length
+            tokens = torch.tensor(known[start + k :], device=self.embedding.device)
+            embedding_SBD = F.embedding(tokens, self.embedding).unsqueeze(1)
+            before_SBD = self.hiddens[k - 1][start - stop :]
+            self._append(k, _extend(depth, before_SBD, embedding_SBD, rollback=k))
+            token, q_V = choose.draft(self.cache.logits(self.hiddens[k][-1, 0]))
+            known.append(token)
+            distributions.append(q_V)
+        # No depth is behind the one before it by more than its own number of positions.
+        self.hiddens = [h[-len(self.depths) - 1 :] for h in self.hiddens]
+        return known[stop + 1 :], distributions
+
+    def accept(self, ids: list[int]) -> None:
+        """Forget the positions that saw a draft which is not part of `ids`.
+
+        Args:
+            ids: the sequence up to the last accepted draft, without the model's own next token.
+        """
+        for k, depth in enumerate(self.depths, 1):
+            length = min(depth.length, max(len(ids) - k, 0))
+            if forgotten := depth.length - length:
+                self.hiddens[k] = self.hiddens[k][:-forgotten]
+                depth.crop(length)
+
+    def _append(self, k: int, hidden_SBD: Tensor) -> None:
+        self.hiddens[k] = torch.cat([self.hiddens[k], hidden_SBD])
+
+
+def _extend(
+    depth: CachedDepth, hidden_SBD: Tensor, embedding_SBD: Tensor, *, rollback: int
+) -> Tensor:
+    """A long pass in two, so that all but the first of the last `rollback` can be forgotten."""
+    if len(hidden_SBD) <= STEP_POSITIONS:
+        return depth.extend(hidden_SBD, embedding_SBD)
+    parts = slice(None, -rollback), slice(-rollback, None)
+    return torch.cat([depth.extend(hidden_SBD[part], embedding_SBD[part]) for part in parts])

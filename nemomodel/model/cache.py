@@ -1,0 +1,187 @@
+"""Decoding: a model, or one MTP depth, over positions that follow others it remembers.
+
+Nothing here has gradients. A cache refers to the weights it was made with, so it is of no use
+after they change.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nemomodel.config.pattern import LayerKind
+from nemomodel.model.attention import CachedAttention
+from nemomodel.model.layers import CachedMLP
+from nemomodel.model.mamba import CachedMamba
+from nemomodel.model.moe import CachedMoE
+from nemomodel.model.mtp import MtpBlock
+from nemomodel.model.nemotron import Nemotron
+from nemomodel.model.past import STEP_POSITIONS, Past
+from nemomodel.ops.documents import Documents
+
+
+class CachedBlocks:
+    """A stack of blocks and what its mixers remember of the `length` positions so far.
+
+    Args:
+        max_length: positions there is room for.
+        padding_B: positions at the start of each sequence that hold no token; None is none.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        *,
+        batch_size: int,
+        max_length: int,
+        padding_B: Tensor | None = None,
+    ):
+        self.norms = [(b.norm.weight, b.norm.weight.shape, b.norm.eps) for b in blocks]
+        self.mixers = []
+        self.mambas: list[CachedMamba] = []
+        self.heads_per_group: int | None = None  # query heads per KV head, if there is attention
+        for block in blocks:
+            match block.kind:
+                case LayerKind.MAMBA:
+                    mixer = CachedMamba(block.mixer, batch_size=batch_size)
+                    self.mambas.append(mixer)
+                case LayerKind.ATTENTION:
+                    mixer = CachedAttention(
+                        block.mixer, batch_size=batch_size, max_length=max_length
+                    )
+                    self.heads_per_group = mixer.heads_per_group
+                case LayerKind.MOE:
+                    mixer = CachedMoE(block.mixer)
+                case LayerKind.MLP:
+                    mixer = CachedMLP(block.mixer)
+            self.mixers.append(mixer)
+        self.max_length, self.padding_B = max_length, padding_B
+        self.positions = torch.arange(max_length, device=blocks[0].norm.weight.device)
+        self.queries = self.positions.repeat_interleave(self.heads_per_group or 0)
+        self.length = self.last_start = 0
+
+    def extend(self, x_SBD: Tensor) -> Tensor:
+        """Pass x through the blocks as the next S positions; [S, B, D]."""
+        S = len(x_SBD)
+        assert S + self.length <= self.max_length, (S, self.length, self.max_length)
+        past = self._past(S)
+        for (weight, shape, eps), mixer in zip(self.norms, self.mixers, strict=True):
+            x_SBD = x_SBD + mixer(F.rms_norm(x_SBD, shape, weight, eps), past)
+        self.last_start, self.length = self.length, self.length + S
+        return x_SBD
+
+    def crop(self, length: int) -> None:
+        """Forget the positions from `length` on.
+
+        Args:
+            length: 0, the present length, or more than before the last pass, which then must
+                have had at most `STEP_POSITIONS` positions.
+        """
+        if length == self.length:
+            return
+        count = length - self.last_start
+        assert length == 0 or 0 < count <= self.length - self.last_start <= STEP_POSITIONS
+        for mamba in self.mambas:  # keys and values that are forgotten get written over
+            mamba.keep(count) if length else mamba.reset()
+        self.length = length
+
+    def _past(self, S: int) -> Past:
+        length, stop = self.length, self.length + S
+        if S == 1 and self.padding_B is None:
+            return Past(length, None, None, None)
+        key_S = self.positions[:stop]
+        documents = real_SB1 = sees = None
+        if self.padding_B is not None and length == 0:
+            real_SB = key_S.unsqueeze(1) >= self.padding_B
+            real_SB1 = real_SB.unsqueeze(2)
+            if S > STEP_POSITIONS:
+                documents = Documents.from_ids(real_SB.T.cpu()).to(key_S.device)
+        if self.heads_per_group and (S <= STEP_POSITIONS or length):
+            h = self.heads_per_group
+            query_Q1 = self.queries[length * h : stop * h].unsqueeze(1)
+            sees = query_Q1 >= key_S
+            if self.padding_B is not None:
+                # Padding sees itself: a softmax over nothing is not a number.
+                real = key_S >= self.padding_B.view(-1, 1, 1, 1)
+                sees = sees & (real | (key_S == query_Q1))
+        return Past(length, sees, documents, real_SB1)
+
+
+class CachedModel:
+    """The backbone of a model over sequences that grow.
+
+        cache = CachedModel(model, batch_size=1, max_length=100)
+        hidden_SBD = cache.extend(ids_BS)       logits = cache.logits(hidden_SBD[-1])
+
+    Args:
+        padding: for unequal prompts, tokens at the start of each that stand for nothing; at
+            least one token of every sequence's first pass must be real.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: Nemotron,
+        *,
+        batch_size: int,
+        max_length: int,
+        padding: list[int] | None = None,
+    ):
+        self.embedding, self.head = model.embedding.weight, model.lm_head.weight
+        self.norm_weight, self.norm_eps = model.final_norm.weight, model.final_norm.eps
+        padding_B = torch.tensor(padding, device=self.head.device) if any(padding or ()) else None
+        self.blocks = CachedBlocks(
+            model.blocks, batch_size=batch_size, max_length=max_length, padding_B=padding_B
+        )
+
+    @property
+    def length(self) -> int:
+        return self.blocks.length
+
+    @torch.inference_mode()
+    def extend(self, ids_BS: Tensor) -> Tensor:
+        """Hidden states [S, B, D] after the final norm, of the next S tokens."""
+        x_SBD = self.blocks.extend(F.embedding(ids_BS.T, self.embedding))
+        return F.rms_norm(x_SBD, self.norm_weight.shape, self.norm_weight, self.norm_eps)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., V] of hidden states [..., D], of the backbone or of a depth."""
+        return F.linear(hidden, self.head)
+
+    def crop(self, length: int) -> None:
+        """As `CachedBlocks.crop`: roll back to the first `length` positions."""
+        self.blocks.crop(length)
+
+
+class CachedDepth:
+    """One MTP depth of one sequence; the same block may serve several depths, each with its own.
+
+    Position i joins the hidden state of the depth before at i with the token this depth looks
+    ahead to.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, block: MtpBlock, *, max_length: int):
+        self.norms = [
+            (norm.weight, norm.weight.shape, norm.eps)
+            for norm in (block.embedding_norm, block.hidden_norm, block.final_norm)
+        ]
+        self.eh_proj = block.eh_proj.weight
+        self.blocks = CachedBlocks(block.layers, batch_size=1, max_length=max_length)
+
+    @property
+    def length(self) -> int:
+        return self.blocks.length
+
+    @torch.inference_mode()
+    def extend(self, hidden_SBD: Tensor, embedding_SBD: Tensor) -> Tensor:
+        """Hidden states [S, 1, D] of this depth after its final norm."""
+        halves = zip((embedding_SBD, hidden_SBD), self.norms[:2], strict=True)
+        halves = [F.rms_norm(t, shape, weight, eps) for t, (weight, shape, eps) in halves]
+        x_SBD = self.blocks.extend(F.linear(torch.cat(halves, dim=-1), self.eh_proj))
+        weight, shape, eps = self.norms[2]
+        return F.rms_norm(x_SBD, shape, weight, eps)
+
+    def crop(self, length: int) -> None:
+        """As `CachedBlocks.crop`."""
+        self.blocks.crop(length)

@@ -1,0 +1,24 @@
+"""What the layers of one cached pass know about the positions before and in it."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nemomodel.ops.documents import Documents
+
+STEP_POSITIONS = 16
+"""A pass of at most this many positions goes one by one through the recurrence and can be rolled
+back to any of them; a longer one goes by chunks."""
+
+
+class Past(NamedTuple):
+    """The same for every layer of a pass over S positions that follow `length` others."""
+
+    length: int
+    sees: Tensor | None
+    """Bool, which keys each query sees: [S * h, length + S], or with padding [B, 1, ...]; h query
+    heads per KV head, those of one position together. None: every query sees all."""
+    documents: Documents | None
+    """Of a long pass from an empty cache with padding: each sequence's padding is a document."""
+    real_SB1: Tensor | None
+    """Bool, false at padding; None without padding in this pass."""

@@ -1,0 +1,53 @@
+"""Mamba's convolution and recurrence for a few positions at a time, without gradients.
+
+What decoding needs: the state after every position is kept, so that a pass can be rolled back.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv_step(inputs_SBC: Tensor, taps_WC: Tensor, bias: Tensor) -> Tensor:
+    """`causal_conv` of all but the first W - 1 of the inputs, which only are looked back at.
+
+    Args:
+        taps_WC: the transposed conv weight, wide like `bias` [C].
+    """
+    num_taps = len(taps_WC)
+    if len(inputs_SBC) == num_taps:
+        acc_SBC = (inputs_SBC * taps_WC.unsqueeze(1)).sum(0, keepdim=True)
+    else:
+        windows_SBCW = inputs_SBC.unfold(0, num_taps, 1)
+        acc_SBC = (windows_SBCW * taps_WC.T).sum(-1)
+    return F.silu(acc_SBC.add_(bias), inplace=True)
+
+
+def ssd_step(
+    x_SBHP: Tensor,
+    dt_SBH: Tensor,
+    A_H: Tensor,
+    B_SBGN: Tensor,
+    C_SBGN: Tensor,
+    D_H: Tensor,
+    state_BHPN: Tensor,
+    states_SBHPN: Tensor,
+) -> Tensor:
+    """The recurrence of `ssd`, position by position, from a state; returns y_SBHP in dt's dtype.
+
+    Args:
+        states_SBHPN: becomes the state after each position. `state_BHPN` may be one of its rows.
+    """
+    S, B, H, P = x_SBHP.shape
+    G, N = B_SBGN.shape[2:]
+    heads = (S, B, G, H // G)
+    decay = torch.mul(dt_SBH, A_H).exp_().view(*heads, 1, 1)
+    added = torch.mul(x_SBHP, dt_SBH.unsqueeze(-1)).view(*heads, P, 1)
+    B_, C_ = (t.to(dt_SBH.dtype).unsqueeze(3) for t in (B_SBGN, C_SBGN))  # [S, B, G, 1, N]
+    state = state_BHPN.view(*heads[1:], P, N)
+    rows = states_SBHPN.view(*heads, P, N).unbind()
+    for row, *factors in zip(rows, *(t.unbind() for t in (decay, added, B_)), strict=True):
+        torch.mul(state, factors[0], out=row).addcmul_(factors[1], factors[2].unsqueeze(-2))
+        state = row
+    y = torch.bmm(C_.reshape(S * B * G, 1, N), states_SBHPN.view(S * B * G, -1, N).mT)
+    return y.view(S, B, H, P).addcmul_(x_SBHP, D_H.unsqueeze(-1))
