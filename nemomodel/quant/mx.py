@@ -1,0 +1,122 @@
+"""Blocks that share a power of two: MX formats, and shared microexponents (BDR)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nemomodel.quant.formats import BDRFormat, Element, MXFormat
+from nemomodel.quant.rounding import (
+    FP32_MANTISSA_BITS,
+    Rounding,
+    random_bits,
+    round_nearest,
+    round_stochastic,
+    stream_key,
+)
+from nemomodel.quant.tiles import as_matrix, from_tiles, tile_amax, to_tiles
+
+ScaleRule = Literal["floor", "even", "ceil", "rceil"]
+SCALE_RULES = ("floor", "even", "ceil", "rceil")
+MIN_EXPONENT, MAX_EXPONENT = -127, 127
+"""Of E8M0, the format of the shared scales."""
+
+
+@dataclass(frozen=True)
+class SharedExponentTensor:
+    """A matrix [M, K] whose blocks share powers of two; rows of other shapes are flattened."""
+
+    elements: Tensor
+    """Numbers of the element format, FP32, in tiles [M, 1, K / block, block], padded."""
+    exponents: Tensor
+    """int32, [M, 1, K / block, 1], or [.., block] where pairs have their own."""
+    shape: tuple[int, ...]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """elements * 2^exponents, in the original shape."""
+        rows = self.elements.shape[0], self.shape[-1]
+        values = from_tiles(torch.ldexp(self.elements, self.exponents), rows)
+        return values.to(dtype).view(self.shape)
+
+
+def quantize_mx(
+    x: Tensor,
+    format: MXFormat,
+    scale_rule: ScaleRule = "floor",
+    rounding: Rounding = "nearest",
+    *,
+    seed: int = 0,
+) -> SharedExponentTensor:
+    """Quantise x [..., K] in blocks along K.
+
+    Args:
+        scale_rule: the exponent of a block from its largest magnitude a, with e_max that of the
+            element format: floor(log2 a) - e_max (OCP; elements may saturate); the same of a
+            rounded to the element's mantissa (even); ceil(log2 a) - e_max; or
+            ceil(log2(a / max)) (rceil: cuBLAS and Transformer Engine; nothing saturates).
+        seed: of stochastic rounding.
+
+    Raises:
+        ValueError: x has infinities or NaN, no floating dtype, or no dimension; an unknown rule.
+    """
+    if scale_rule not in SCALE_RULES:
+        raise ValueError(f"scale_rule={scale_rule!r}: use one of {', '.join(SCALE_RULES)}")
+    tiles = to_tiles(as_matrix(x), (1, format.block_size)).float()
+    exponents = _block_exponents(tile_amax(tiles), format.element, scale_rule)
+    elements = _round(torch.ldexp(tiles, -exponents), format.element, rounding, seed)
+    return SharedExponentTensor(elements, exponents, tuple(x.shape))
+
+
+def quantize_bdr(
+    x: Tensor, format: BDRFormat, rounding: Rounding = "nearest", *, seed: int = 0
+) -> SharedExponentTensor:
+    """Quantise x [..., K] with shared microexponents: pairs all of whose values are below the
+    power of two of their block use half of it, and so half the step.
+
+    Raises:
+        ValueError: as `quantize_mx`.
+    """
+    tiles = to_tiles(as_matrix(x), (1, format.block_size)).float()
+    shared = _floor_log2(tile_amax(tiles))
+    pairs = tiles.unflatten(-1, (-1, format.pair_size))
+    own = _floor_log2(pairs.abs().amax(-1, keepdim=True)).expand_as(pairs).flatten(-2)
+    exponents = (shared - (own < shared).int()).clamp(MIN_EXPONENT, MAX_EXPONENT)
+    elements = _round(torch.ldexp(tiles, -exponents), format.element, rounding, seed)
+    return SharedExponentTensor(elements, exponents, tuple(x.shape))
+
+
+def _round(v: Tensor, element: Element, rounding: Rounding, seed: int) -> Tensor:
+    if rounding == "nearest":
+        return round_nearest(v, element)
+    if rounding != "stochastic":
+        raise ValueError(f"rounding={rounding!r}: use 'nearest' or 'stochastic'")
+    return round_stochastic(v, element, random_bits(tuple(v.shape), stream_key(seed), v.device))
+
+
+def _block_exponents(amax: Tensor, element: Element, rule: ScaleRule) -> Tensor:
+    if rule == "rceil":
+        exponents = _ceil_log2(torch.div(amax, torch.full_like(amax, element.max)))
+    elif rule == "ceil":
+        exponents = _ceil_log2(amax) - element.max_exponent
+    elif rule == "even":
+        half_step = 1 << (FP32_MANTISSA_BITS - 1 - element.mantissa_bits)
+        rounded = (amax.view(torch.int32) + half_step).view(torch.float32)
+        exponents = _floor_log2(rounded) - element.max_exponent
+    else:
+        exponents = _floor_log2(amax) - element.max_exponent
+    return exponents.clamp(MIN_EXPONENT, MAX_EXPONENT)
+
+
+def _floor_log2(a: Tensor) -> Tensor:
+    """int32; -127 for zeros and FP32 denormals. a is not negative."""
+    return (a.view(torch.int32) >> FP32_MANTISSA_BITS) - 127
+
+
+def _ceil_log2(a: Tensor) -> Tensor:
+    """int32; -127 up to 2^-127. a is not negative."""
+    bits = a.view(torch.int32)
+    fraction = bits & ((1 << FP32_MANTISSA_BITS) - 1)
+    # Denormals above 2^-127 are the fractions above a half of exponent field 0.
+    above = torch.where(bits >> FP32_MANTISSA_BITS == 0, 1 << (FP32_MANTISSA_BITS - 1), 0)
+    return _floor_log2(a) + (fraction > above).int()
