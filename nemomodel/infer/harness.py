@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import nemomodel
 from nemomodel.infer.scoring import Score, rolling_windows, score_continuations
-from nemomodel.infer.text import TextFormat, context_length
+from nemomodel.infer.text_format import TextFormat, context_length
 from nemomodel.infer.until import Settings, generate_until, parse_settings
 
 MAX_NEW_TOKENS = 256
@@ -46,7 +46,7 @@ class HarnessModel(TemplateLM):
         """
         Args:
             tokenizer: tokenizer.json, if it does not lie with the checkpoint.
-            max_length: of the inputs of the model; see `text.context_length` for the default.
+            max_length: of the inputs of the model; see `text_format.context_length` for the default.
             dtype: bfloat16, float32 or float64; that of the checkpoint when not given.
             seed: of tasks that sample.
 
