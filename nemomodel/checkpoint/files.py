@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,13 @@ class SafeReader(FileSystemReader):
     """Reads tensors; its index can name no class but those that describe tensors."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+    @cached_property
+    def _metadata(self) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+            return _MetadataUnpickler(file).load()
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -173,13 +177,21 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
-def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Read into `tensors` in place; each process by itself, whoever wrote them."""
+def read_tensors(
+    folder: Path, tensors: dict[str, Tensor], *, reader: SafeReader | None = None
+) -> None:
+    """Read into `tensors` in place; each process by itself, whoever wrote them.
+
+    Args:
+        reader: of this folder; it spares many calls reading the index again.
+    """
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            dcp.load(tensors, storage_reader=SafeReader(folder), planner=planner, no_dist=True)
+            dcp.load(
+                tensors, storage_reader=reader or SafeReader(folder), planner=planner, no_dist=True
+            )
         except CheckpointException as error:  # a BaseException, which nobody expects
             raise CheckpointError(f"{folder}: cannot be read: {error}") from error
 

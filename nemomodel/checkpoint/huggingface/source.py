@@ -47,6 +47,7 @@ class Checkpoint:
 
     def __init__(self, path: Path):
         self.path = find_checkpoint(path)
+        self._reader = SafeReader(self.path)
         config = read_state(self.path)["config"]
         self.model = parse_model(config["model"], where=str(self.path))
         self.recipe = config["precision"]["recipe"]
@@ -81,11 +82,11 @@ class Checkpoint:
     def tensors(self) -> Iterator[tuple[Piece, Tensor]]:
         for entry in self.entries:
             tensor = torch.empty(entry.shape, dtype=entry.dtype)
-            read_tensors(self.path, {f"model.{entry.name}": tensor})
+            read_tensors(self.path, {f"model.{entry.name}": tensor}, reader=self._reader)
             yield from entry.split(tensor)
 
     def _check(self) -> None:
-        metadata = SafeReader(self.path).read_metadata().state_dict_metadata
+        metadata = self._reader.read_metadata().state_dict_metadata
         saved = {
             name.removeprefix("model."): (tuple(entry.size), entry.properties.dtype)
             for name, entry in metadata.items()
