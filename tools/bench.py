@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from nemomodel.config.pattern import LayerKind
+from nemomodel.checkpoint.huggingface.config import config_json
+from nemomodel.checkpoint.huggingface.names import entries
 from nemomodel.config.schema import AttentionConfig, MambaConfig, ModelConfig, MoeConfig
 from nemomodel.model.init import initialize
 from nemomodel.model.nemotron import DTYPES, Nemotron
@@ -96,69 +97,24 @@ def build_ours(shape: Shape, dtype: torch.dtype) -> Nemotron:
 
 def build_theirs(ours: Nemotron, dtype: torch.dtype) -> torch.nn.Module:
     """The transformers model with the weights of `ours`."""
-    from transformers import NemotronHConfig, NemotronHForCausalLM
+    from safetensors.torch import save_file
+    from transformers import NemotronHForCausalLM
 
-    c = ours.config
-    names = {LayerKind.MAMBA: "linear_attention", LayerKind.ATTENTION: "full_attention"}
-    names |= {LayerKind.MOE: "moe", LayerKind.MLP: "mlp"}
-    config = NemotronHConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        layers_block_type=[names[kind] for kind in c.layers],
-        layer_norm_epsilon=c.norm_eps,
-        num_attention_heads=c.attention.num_heads,
-        num_key_value_heads=c.attention.num_kv_heads,
-        head_dim=c.attention.head_dim,
-        mamba_num_heads=c.mamba.num_heads,
-        mamba_head_dim=c.mamba.head_dim,
-        n_groups=c.mamba.num_groups,
-        ssm_state_size=c.mamba.state_size,
-        chunk_size=c.mamba.chunk_size,
-        n_routed_experts=c.moe.num_experts,
-        num_experts_per_tok=c.moe.top_k,
-        moe_intermediate_size=c.moe.ffn_size,
-        moe_latent_size=c.moe.latent_size,
-        moe_shared_expert_intermediate_size=c.moe.shared_ffn_size,
-        routed_scaling_factor=c.moe.routed_scaling_factor,
-        use_cache=False,
-    )
-    model = NemotronHForCausalLM(config).to(dtype)
+    c, state = ours.config, ours.state_dict()
+    tensors = {
+        piece.name: part.clone()
+        for entry in entries(c, state)
+        for piece, part in entry.split(state[entry.name])
+    }
+    name = str(dtype).removeprefix("torch.")
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        raw = config_json(c, vocab_size=c.vocab_size, dtype=name, carried={"use_cache": False})
+        Path(folder, "config.json").write_text(json.dumps(raw))
+        model = NemotronHForCausalLM.from_pretrained(folder, dtype=dtype)
     for layer in model.model.layers:
         if hasattr(layer.mixer, "time_step_limit"):
             layer.mixer.time_step_limit = (0.0, float("inf"))
-        if hasattr(layer.mixer, "gate"):  # .to(bf16) has rounded it; published files keep FP32
-            layer.mixer.gate.e_score_correction_bias.data = torch.zeros(c.moe.num_experts)
-    state = dict(ours.named_parameters())
-    q, kv = (n * c.attention.head_dim for n in (c.attention.num_heads, c.attention.num_kv_heads))
-    renamed = {}
-    for name, value in state.items():
-        for old, new in (
-            ("embedding.", "model.embeddings."),
-            ("blocks.", "model.layers."),
-            ("final_norm.", "model.norm_f."),
-            ("mixer.conv_weight", "mixer.conv1d.weight"),
-            ("mixer.conv_bias", "mixer.conv1d.bias"),
-            ("router.", "gate."),
-            ("latent_down.", "fc1_latent_proj."),
-            ("latent_up.", "fc2_latent_proj."),
-            ("experts.fc1", "experts.up_proj"),
-            ("experts.fc2", "experts.down_proj"),
-            ("shared_expert.fc1", "shared_experts.up_proj"),
-            ("shared_expert.fc2", "shared_experts.down_proj"),
-        ):
-            name = name.replace(old, new)
-        if name.endswith("qkv_proj.weight"):
-            for letter, part in zip("qkv", value.split([q, kv, kv]), strict=True):
-                renamed[name.replace("qkv_proj", f"{letter}_proj")] = part
-        elif "qkv" not in name and "out_proj" in name:
-            layer = int(name.split(".")[2])
-            attention = c.layers[layer] is LayerKind.ATTENTION
-            renamed[name.replace("out_proj", "o_proj") if attention else name] = value
-        else:
-            renamed[name] = value.unsqueeze(1) if name.endswith("conv1d.weight") else value
-    missing, unexpected = model.load_state_dict(renamed, strict=False)
-    missing = [name for name in missing if not name.endswith("e_score_correction_bias")]
-    assert missing == unexpected == [], (missing, unexpected)
     return model
 
 
