@@ -46,7 +46,7 @@ class HarnessModel(TemplateLM):
         """
         Args:
             tokenizer: tokenizer.json, if it does not lie with the checkpoint.
-            max_length: of the inputs of the model; see `text_format.context_length` for the default.
+            max_length: of the inputs of the model (default: `context_length`).
             dtype: bfloat16, float32 or float64; that of the checkpoint when not given.
             seed: of tasks that sample.
 
