@@ -177,10 +177,11 @@ def mx_exponent_oracle(amax: float, element: str, scale_rule: str) -> int:
     elif scale_rule == "ceil":
         exponent = ceil_log2(amax) - floor_log2(largest)
     else:
-        exponent = floor_log2(amax)
         if scale_rule == "even":
-            # Mantissa to the element's width, halves up: 2 at this distance from it or nearer.
-            exponent += amax / 2.0**exponent >= 2 - 2.0 ** -(MANTISSA_BITS[element] + 1)
+            # To the element's width, halves up; FP32 denormals have the step of 2^-126.
+            step = 2.0 ** (max(floor_log2(amax), -126) - MANTISSA_BITS[element])
+            amax += step / 2
+        exponent = floor_log2(amax)
         exponent -= floor_log2(largest)
     return min(max(exponent, -127), 127)
 
@@ -215,16 +216,14 @@ def dequantize_bdr_oracle(x_MK: NDArray[np.float32], mantissa_bits: int) -> Arra
     padded = pad_to_blocks(x_MK.astype(np.float64), (1, 16))
     result = np.zeros(padded.shape)
     for i, j in np.ndindex(padded.shape[0], padded.shape[1] // 16):
-        block = padded[i, j * 16 : (j + 1) * 16]
-        if not block.any():
+        part = np.s_[i, j * 16 : (j + 1) * 16]
+        pairs = padded[part].reshape(8, 2)
+        if not pairs.any():
             continue
-        exponent = floor_log2(np.abs(block).max())
-        for pair in range(8):
-            values = block[2 * pair : 2 * pair + 2]
-            tau = int(np.abs(values).max() < 2.0**exponent)
-            unit = 2.0 ** max(exponent - tau, -127)
-            start = j * 16 + 2 * pair
-            result[i, start : start + 2] = unit * nearest_value(values / unit, grid)
+        exponent = floor_log2(np.abs(pairs).max())
+        tau = np.abs(pairs).max(axis=1, keepdims=True) < 2.0**exponent
+        unit = 2.0 ** np.maximum(exponent - tau.astype(int), -127)
+        result[part] = (unit * nearest_value(pairs / unit, grid)).flatten()
     return result[:, : x_MK.shape[1]]
 
 
