@@ -25,8 +25,8 @@ class Drafter:
             CachedDepth(blocks[min(k, len(blocks) - 1)], max_length=max_length)
             for k in range(length)
         ]
-        # Hidden states of the backbone and of every depth, at the last positions.
-        self.hiddens = [self.embedding.new_zeros(0, 1, self.embedding.shape[1])] * (length + 1)
+        # What each depth starts from: hidden states of the one before it, at the last positions.
+        self.before = [self.embedding.new_zeros(0, 1, self.embedding.shape[1])] * length
 
     def draft(
         self, hidden_SBD: Tensor, ids: list[int], count: int, choose: Chooser
@@ -39,18 +39,19 @@ class Drafter:
             ids: the whole sequence so far.
         """
         stop, known, distributions = len(ids) - 1, list(ids), []
-        self._append(0, hidden_SBD)
-        for k, depth in enumerate(self.depths[:count], 1):
+        for k, depth in enumerate(self.depths, 1):
+            before_SBD = self.before[k - 1] = torch.cat([self.before[k - 1], hidden_SBD])
+            if k > count:
+                break
             start = depth.length
             tokens = torch.tensor(known[start + k :], device=self.embedding.device)
             embedding_SBD = F.embedding(tokens, self.embedding).unsqueeze(1)
-            before_SBD = self.hiddens[k - 1][start - stop :]
-            self._append(k, _extend(depth, before_SBD, embedding_SBD, rollback=k))
-            token, q_V = choose.draft(self.cache.logits(self.hiddens[k][-1, 0]))
+            hidden_SBD = _extend(depth, before_SBD[start - stop :], embedding_SBD, rollback=k)
+            # No depth is behind the one before it by more than its own number of positions.
+            self.before[k - 1] = before_SBD[-len(self.depths) :]
+            token, q_V = choose.draft(self.cache.logits(hidden_SBD[-1, 0]))
             known.append(token)
             distributions.append(q_V)
-        # No depth is behind the one before it by more than its own number of positions.
-        self.hiddens = [h[-len(self.depths) - 1 :] for h in self.hiddens]
         return known[stop + 1 :], distributions
 
     def accept(self, ids: list[int]) -> None:
@@ -62,11 +63,9 @@ class Drafter:
         for k, depth in enumerate(self.depths, 1):
             length = min(depth.length, max(len(ids) - k, 0))
             if forgotten := depth.length - length:
-                self.hiddens[k] = self.hiddens[k][:-forgotten]
                 depth.crop(length)
-
-    def _append(self, k: int, hidden_SBD: Tensor) -> None:
-        self.hiddens[k] = torch.cat([self.hiddens[k], hidden_SBD])
+                if k < len(self.depths):
+                    self.before[k] = self.before[k][:-forgotten]
 
 
 def _extend(

@@ -1,7 +1,7 @@
 """Decoding: a model, or one MTP depth, over positions that follow others it remembers.
 
-Nothing here has gradients. A cache refers to the weights it was made with, so it is of no use
-after they change.
+To be used under torch.inference_mode() or torch.no_grad(). A cache refers to the weights it was
+made with, so it is of no use after they change.
 """
 
 import torch
@@ -117,7 +117,6 @@ class CachedModel:
             least one token of every sequence's first pass must be real.
     """
 
-    @torch.inference_mode()
     def __init__(
         self,
         model: Nemotron,
@@ -137,13 +136,11 @@ class CachedModel:
     def length(self) -> int:
         return self.blocks.length
 
-    @torch.inference_mode()
     def extend(self, ids_BS: Tensor) -> Tensor:
         """Hidden states [S, B, D] after the final norm, of the next S tokens."""
         x_SBD = self.blocks.extend(F.embedding(ids_BS.T, self.embedding))
         return F.rms_norm(x_SBD, self.norm_weight.shape, self.norm_weight, self.norm_eps)
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] of hidden states [..., D], of the backbone or of a depth."""
         return F.linear(hidden, self.head)
@@ -160,12 +157,10 @@ class CachedDepth:
     ahead to.
     """
 
-    @torch.inference_mode()
     def __init__(self, block: MtpBlock, *, max_length: int):
-        self.norms = [
-            (norm.weight, norm.weight.shape, norm.eps)
-            for norm in (block.embedding_norm, block.hidden_norm, block.final_norm)
-        ]
+        norms = block.embedding_norm, block.hidden_norm
+        self.norm_weight_2D = torch.stack([norm.weight for norm in norms])
+        self.final_norm_weight, self.norm_eps = block.final_norm.weight, block.final_norm.eps
         self.eh_proj = block.eh_proj.weight
         self.blocks = CachedBlocks(block.layers, batch_size=1, max_length=max_length)
 
@@ -173,14 +168,13 @@ class CachedDepth:
     def length(self) -> int:
         return self.blocks.length
 
-    @torch.inference_mode()
     def extend(self, hidden_SBD: Tensor, embedding_SBD: Tensor) -> Tensor:
         """Hidden states [S, 1, D] of this depth after its final norm."""
-        halves = zip((embedding_SBD, hidden_SBD), self.norms[:2], strict=True)
-        halves = [F.rms_norm(t, shape, weight, eps) for t, (weight, shape, eps) in halves]
-        x_SBD = self.blocks.extend(F.linear(torch.cat(halves, dim=-1), self.eh_proj))
-        weight, shape, eps = self.norms[2]
-        return F.rms_norm(x_SBD, shape, weight, eps)
+        shape = self.final_norm_weight.shape
+        halves_SB2D = torch.stack([embedding_SBD, hidden_SBD], dim=-2)
+        halves_SB2D = F.rms_norm(halves_SB2D, shape, None, self.norm_eps) * self.norm_weight_2D
+        x_SBD = self.blocks.extend(F.linear(halves_SB2D.flatten(-2), self.eh_proj))
+        return F.rms_norm(x_SBD, shape, self.final_norm_weight, self.norm_eps)
 
     def crop(self, length: int) -> None:
         """As `CachedBlocks.crop`."""
