@@ -29,6 +29,25 @@ MODEL = ModelConfig(
     moe=MoeConfig(num_experts=8, top_k=3, ffn_size=24, shared_ffn_size=40, latent_size=20),
     mtp=MtpConfig(num_depths=2, layer_pattern="*E-M", shared=False),
 )
+SIZES = {
+    "hidden_size": 48,
+    "vocab_size": 97,
+    "intermediate_size": 80,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 40,
+    "moe_latent_size": 20,
+}
+"""Those of MODEL, as transformers calls them."""
+
 PLAIN_MOE = replace(MODEL, moe=replace(MODEL.moe, latent_size=None), mtp=None)
 DENSE = replace(MODEL, layer_pattern="M*-", moe=None, mtp=None)
 
@@ -66,7 +85,7 @@ def test_rows_of_a_layer_name_each_tensor_once(kind: str) -> None:
     ids=["latent", "plain-moe", "dense"],
 )
 def test_names_and_shapes_are_those_of_transformers(pattern: str, changes: dict) -> None:
-    hf_config = hf_models.make_config(pattern, **changes)
+    hf_config = hf_models.make_config(pattern, **(SIZES | changes))
     with torch.device("meta"):
         theirs = hf_models.NemotronHForCausalLM(hf_config).state_dict()
     expected = {
@@ -82,7 +101,7 @@ def test_names_and_shapes_are_those_of_transformers(pattern: str, changes: dict)
 
 
 def test_mtp_names_are_those_of_the_published_layout() -> None:
-    model = hf_models.make_model("M*", mtp_blocks=2, mtp_pattern="*E-M")
+    model = hf_models.make_model("M*", mtp_blocks=2, mtp_pattern="*E-M", **SIZES)
     expected = {name: tuple(v.shape) for name, v in hf_models.mtp_tensors(model).items()}
     found = {
         piece.name: piece.shape
