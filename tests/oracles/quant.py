@@ -79,6 +79,8 @@ def pad_to_blocks(x_MK: NDArray, block: tuple[int, int]) -> NDArray:
 class NVFP4:
     """codes with the sign in bit 3, padded to blocks; E4M3 codes of the scales, one per block."""
 
+    scaled: NDArray[np.float32]
+    """What the codes are rounded from, padded to blocks."""
     codes: NDArray[np.uint8]
     scale_codes: NDArray[np.uint8]
     amax: np.float32
@@ -139,18 +141,18 @@ def quantize_nvfp4_oracle(
         multiplier = encode * f32(1 / 6)
         scale_shape = (padded.shape[0] // rows, padded.shape[1] // columns)
         scale_codes = np.zeros(scale_shape, np.uint8)
-        codes = np.zeros(padded.shape, np.uint8)
+        scaled = np.zeros(padded.shape, f32)
         for i, j in np.ndindex(scale_shape):
             part = np.s_[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
             wanted = min(np.abs(padded[part]).max() * multiplier, FLT_MAX)
             scale_codes[i, j] = nearest_code(np.float64(wanted), GRIDS["E4M3"])
             scale = f32(GRIDS["E4M3"][scale_codes[i, j]])
             encode_block = min(f32(1) / (scale * decode), FLT_MAX)
-            scaled = padded[part] * encode_block
-            assert scaled.dtype == f32, "the order of roundings is that of FP32"
-            codes[part] = nearest_code(scaled.astype(np.float64), GRIDS["E2M1"])
-            codes[part] |= (scaled < 0).astype(np.uint8) * np.uint8(8)
-    return NVFP4(codes, scale_codes, f32(amax), block, (M, K))
+            product = padded[part] * encode_block
+            assert product.dtype == f32, "the order of roundings is that of FP32"
+            scaled[part] = product
+    codes = nearest_code(scaled.astype(np.float64), GRIDS["E2M1"]) + 8 * (scaled < 0)
+    return NVFP4(scaled, codes.astype(np.uint8), scale_codes, f32(amax), block, (M, K))
 
 
 def floor_log2(a: float) -> int:
