@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # imported where used: --help must not wait for them
 
 USER_ERROR = 2
 DTYPES = ("bfloat16", "float32", "float64")
+MAX_DEFAULT_WINDOW = 8192
+"""Published models take up to a million positions, which few machines have the memory for."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,7 +64,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--text-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
     add("--eod-token", metavar="TOKEN", help="token that ends a document, if not a known one")
-    add("--seq-length", type=int, metavar="N", help="window (default: that of the model)")
+    add("--seq-length", type=int, metavar="N", help="window (default: the model's, 8192 at most)")
     add(
         "--stride",
         type=int,
@@ -117,11 +119,14 @@ def run_perplexity(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.eod_token and args.data:
         raise ValueError("--eod-token: tokens of --data have their end tokens already")
+    set_up_torch(args)
     stream, tokenizer = open_stream(args)
     model = load_model(args)
     vocab_size = model.config.vocab_size
     bytes_V = token_bytes(tokenizer, vocab_size=vocab_size) if tokenizer else None
-    seq_length = args.seq_length or context_length(args.path)
+    seq_length = args.seq_length
+    if seq_length is None:
+        seq_length = min(context_length(args.path), MAX_DEFAULT_WINDOW)
     stride = seq_length if args.stride is None else args.stride
     total = min(len(stream.tokens) - 1, args.max_tokens or len(stream.tokens))
     with CountProgress("perplexity", total, unit="tokens") as bar:
@@ -196,6 +201,7 @@ def run_acceptance(args: argparse.Namespace) -> dict[str, Any]:
     from nemomodel.infer.sampling import Sampling
     from nemomodel.infer.text_format import TextFormat
 
+    set_up_torch(args)
     prompts = read_prompts(args.prompts)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     text = TextFormat.of(args.path, args.tokenizer)
@@ -238,7 +244,7 @@ def print_acceptance(summary: dict[str, Any], draft_length: int) -> None:
             table.add_section()
         cells = [number(part["acceptance_length"]), *map(number, part["acceptance_rate"])]
         table.add_row(name, str(part["prompts"]), *cells, number(part["tokens_per_s"], 1))
-    table.add_row("mean of categories", "", number(summary["macro_average"]))
+    table.add_row("macro average", "", number(summary["macro_average"]))
     console = Console()
     console.print(table)
     console.print("rate k: accepted drafts k per pass that accepted all drafts before k")
@@ -290,7 +296,6 @@ def load_model(args: argparse.Namespace) -> "Nemotron":
 
     import nemomodel
 
-    set_up_torch(args)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     return nemomodel.load_model(args.path, dtype=dtype, device=args.device)
 

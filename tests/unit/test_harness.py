@@ -79,11 +79,22 @@ def test_long_contexts_lose_their_start(model: Nemotron) -> None:
 
 
 def test_many_tokens_are_scored_in_chunks(model: Nemotron, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = (random_ids(3, seed=0), random_ids(40, seed=1))
-    (whole,) = score_continuations(model, [pair], batch_size=1, max_length=64)
+    context = random_ids(3, seed=0)
+    (greedy,) = generate(model, [context], max_new_tokens=40)
+    almost = list(greedy.tokens)
+    almost[-1] = (almost[-1] + 1) % VOCAB
+    pairs = [(context, random_ids(40, seed=1)), (context, greedy.tokens), (context, almost)]
+    # In the first chunk alone; what follows is the most likely after it.
+    early = [(greedy.tokens[0] + 1) % VOCAB]
+    (rest,) = generate(model, [context + early], max_new_tokens=20)
+    pairs.append((context, early + rest.tokens))
+    whole = score_continuations(model, pairs, batch_size=4, max_length=64)
+    assert [score.is_greedy for score in whole] == [False, True, False, False]
     monkeypatch.setitem(CHUNK_TOKENS, "cpu", 7)
-    (parts,) = score_continuations(model, [pair], batch_size=1, max_length=64)
-    assert parts.log_probability == pytest.approx(whole.log_probability, rel=1e-12)
+    parts = score_continuations(model, pairs, batch_size=4, max_length=64)
+    for part, score in zip(parts, whole, strict=True):
+        assert part.log_probability == pytest.approx(score.log_probability, rel=1e-12)
+        assert part.is_greedy == score.is_greedy
 
 
 def test_pairs_that_cannot_be_scored_are_named(model: Nemotron) -> None:
@@ -139,6 +150,16 @@ def spell(ids: list[int]) -> str:
     return "".join(f"<{i}>" for i in ids)
 
 
+class Asked(set[int]):
+    """Counts how often a token was looked up."""
+
+    times = 0
+
+    def __contains__(self, token: object) -> bool:
+        self.times += 1
+        return super().__contains__(token)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_generation_stops_at_strings_and_tokens(model: Nemotron, temperature: float) -> None:
     prompts = [random_ids(n, seed=n) for n in (5, 11, 2)]
@@ -148,20 +169,15 @@ def test_generation_stops_at_strings_and_tokens(model: Nemotron, temperature: fl
     free = [g.tokens for g in plain]
     # Each prompt meets another stop; the first has its string in the middle of two tokens.
     until = (f"{free[0][4]}><{free[0][5]}", f"<{free[1][7]}>")
-    longest = []
-
-    def decode(ids: list[int]) -> str:
-        longest.append(len(ids))
-        return spell(ids)
-
+    stop_ids = Asked({free[2][2]})
     settings = Settings(until, 30, temperature, 1.0)
-    found = generate_until(model, prompts, settings, decode=decode, stop_ids={free[2][2]}, seed=3)
+    found = generate_until(model, prompts, settings, decode=spell, stop_ids=stop_ids, seed=3)
     for text, tokens in zip(found, free, strict=True):
         tokens = tokens[: tokens.index(free[2][2])] if free[2][2] in tokens else tokens
         assert text == cut(spell(tokens), until)
     assert found[2] in spell(free[2][:2])
-    # All were stopped, so the batch did not go on to the limit.
-    assert max(longest) < 30
+    # All have stopped after 8 tokens, so the batch did not go on to the limit.
+    assert stop_ids.times < 2 * 3 * 9
 
 
 def test_generation_without_stops_reaches_the_limit(model: Nemotron) -> None:
