@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nemomodel.checkpoint.huggingface.config import config_json
-from nemomodel.checkpoint.huggingface.folder import CONFIG, INDEX, SINGLE
+from nemomodel.checkpoint.huggingface.folder import CONFIG, INDEX
 from nemomodel.checkpoint.huggingface.names import Entry, Piece
 from nemomodel.checkpoint.huggingface.progress import ByteProgress
 from nemomodel.checkpoint.huggingface.side_files import (
@@ -121,7 +121,8 @@ def _write_tensors(
     dtype: torch.dtype,
     num_bytes: int,
 ) -> list[str]:
-    names = _shard_names(len(shards))
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     tensors = checkpoint.tensors()
     rounded = []
     with ByteProgress("export", num_bytes) as progress:
@@ -136,17 +137,10 @@ def _write_tensors(
                         rounded.append(piece.name)
                     writer.write(piece.name, new)
                     progress.advance(new.nbytes)
-    if len(names) > 1:
-        weight_map = {p.name: name for name, s in zip(names, shards, strict=True) for p in s}
-        index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
-        _write_json(partial / INDEX, index)
+    weight_map = {p.name: name for name, s in zip(names, shards, strict=True) for p in s}
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+    _write_json(partial / INDEX, index)
     return rounded
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return [SINGLE]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def _write_side_files(checkpoint: Checkpoint, config: dict[str, Any], partial: Path) -> None:
