@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 import nemomodel
 from tests import hf_models
-from tests.close import rms_ratio
 from tests.conftest import fork_safely
 from tests.hf_models import HfModel
 from tests.ranks.test_train import write_tokens
@@ -57,7 +56,7 @@ VARIANTS = {
     "top-1": {"pattern": "E*E", "num_experts_per_tok": 1},
     "unscaled-gates": {"pattern": "ME*E", "routed_scaling_factor": 1.0},
     "one-mamba-group": {"pattern": "M*M", "n_groups": 1},
-    "mamba-group-per-head": {"pattern": "M*M", "n_groups": 8},
+    "mamba-group-per-head": {"pattern": "M*M", "n_groups": 16, "mamba_head_dim": 16},
     "wide-mamba": WIDE | {"n_groups": 3},
     "other-kernel": {"pattern": "M*M", "conv_kernel": 2},
     "one-kv-head": {"pattern": "*M*", "num_key_value_heads": 1},
@@ -232,16 +231,22 @@ def test_mtp_against_float64(tmp_path: Path) -> None:
 
 def test_bf16_is_as_near_to_the_truth_as_transformers(tmp_path: Path) -> None:
     """Two BF16 programs round at different places, so neither is the other's reference. Both are
-    held against FP32 arithmetic on the same BF16 weights: ours may be off twice as far.
+    held against FP32 arithmetic on the same BF16 weights, by the median over positions: where
+    rounding makes a router choose another expert, the error is large and says nothing.
     """
     oracle = hf_models.make_model("MEM*E-")
     folder = hf_models.save(oracle, tmp_path, dtype=torch.bfloat16)
     ids_BS = draw_ids(8, 64)
-    exact = hf_models.load(folder, dtype=torch.float32).model(ids_BS).logits
-    theirs = hf_models.load(folder, dtype=torch.bfloat16).model(ids_BS).logits
-    ours = load_ours(folder, torch.bfloat16)(ids_BS)
+    with torch.no_grad():
+        exact = hf_models.load(folder, dtype=torch.float32).model(ids_BS).logits
+        theirs = hf_models.load(folder, dtype=torch.bfloat16).model(ids_BS).logits
+        ours = load_ours(folder, torch.bfloat16)(ids_BS)
     assert ours.dtype == torch.bfloat16
-    assert rms_ratio(ours, exact) <= 2 * rms_ratio(theirs, exact) + 1e-6
+    our_error, their_error = (
+        float((logits.float() - exact).square().mean(-1).median()) ** 0.5
+        for logits in (ours, theirs)
+    )
+    assert 0 < our_error <= 1.2 * their_error
     assert_near(load_ours(folder)(ids_BS), exact, limit=LOGITS, name="FP32 on BF16 weights")
 
 
@@ -426,7 +431,6 @@ def test_verify_tells_equal_folders_from_different_ones(
     assert name in convert("verify", trip.source, changed, code=1)
 
 
-@pytest.mark.slow
 def test_trained_model_is_the_same_in_transformers(tmp_path: Path, convert: Callable) -> None:
     """Three steps of the tiny config, whose two MTP depths share one physical block."""
     for number, name in enumerate(("train", "validation")):
