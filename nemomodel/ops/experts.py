@@ -173,7 +173,10 @@ class _ExpertMlp(torch.autograd.Function):
             dh_e.mul_(2 * gate_e)
             torch.mm(dh_e, fc1_e, out=dx_e)
             torch.mm(dh_e.T, x_e, out=d_fc1_e)
-        return dx, d_gate, deliver_grad(fc1, d_fc1), deliver_grad(fc2, d_fc2), None
+        _, _, *wanted, _ = ctx.needs_input_grad
+        d_weights = zip(wanted, (fc1, fc2), (d_fc1, d_fc2), strict=True)
+        d_fc1, d_fc2 = (deliver_grad(w, dw) if want else None for want, w, dw in d_weights)
+        return dx, d_gate, d_fc1, d_fc2, None
 
 
 def _has_kernel(x: Tensor) -> bool:

@@ -264,8 +264,6 @@ def _backward_block(
     du = (c.B @ narrow.mT).view_as(u).mul_(d.to_end.mT.unsqueeze(-1).to(u.dtype))
     dB = _scale(u, d.to_end).flatten(-2) @ narrow
     to_state = c.dt * _dot(wide_x, du.to(wide))
-    d_sums[..., -1] += to_state.sum(-1)
-    d_sums -= to_state
 
     # Within the chunks.
     scores, L = _scores(c).unsqueeze(3), _within(d)
@@ -276,13 +274,14 @@ def _backward_block(
     d_scores = L_dM.sum(3).mul_(c.sees).to(c.C.dtype)
     dC += d_scores @ c.B
     dB += d_scores.mT @ c.C
-    # Row and column sums come from the same products, so that what enters both (the diagonal,
-    # the largest part under strong decay) cancels to the last bit.
     L_dM *= scores
-    d_sums += L_dM.sum(-1)
-    d_sums -= L_dM.sum(-2)
 
-    d_steps = d_sums @ c.sees
+    # The step at t is part of the decay from j to i where j < t <= i. Only those pairs are added:
+    # sums over i less sums over j would cancel the others, which are larger, up to rounding.
+    causal = torch.ones_like(c.sees[0, 0, 0]).tril_()  # [i, t], t <= i
+    before = 1 - causal  # [j, t], j < t
+    d_steps = d_sums @ c.sees + to_state @ (c.sees.mT * before)
+    d_steps += (L_dM @ before).mul_(causal).sum(-2)
     d_dt = _dot(wide_x, du.to(wide)).addcmul_(d_steps, A.view(G, heads, 1))
     dA = (d_steps * c.dt).sum((0, 1, 4)).flatten()
     dD = _dot(wide_x, wide_dy).sum((0, 1, 4)).flatten()
