@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from nemomodel.checkpoint.checkpoints import Checkpoints, Progress
+from nemomodel.checkpoint.huggingface.side_files import carry_over
 from nemomodel.checkpoint.state import Engine
 from nemomodel.checkpoint.weights import load_weights
 from nemomodel.config.load import ConfigError, config_to_dict
@@ -74,7 +75,7 @@ def run(config: Config) -> int:
 def _run(config: Config, ranks: Ranks, data: TokenData, request: StopRequest) -> int:
     engine = build_engine(config, ranks)
     checkpoints = Checkpoints(config, ranks, engine)
-    progress = checkpoints.load() or _start(config, engine)
+    progress = checkpoints.load() or _start(config, ranks, engine)
     if progress.step > config.train.steps:
         raise ConfigError(
             f"train.steps={config.train.steps}: {checkpoints.latest()} is further already; "
@@ -102,11 +103,13 @@ def _run(config: Config, ranks: Ranks, data: TokenData, request: StopRequest) ->
             sink.close()
 
 
-def _start(config: Config, engine: Engine) -> Progress:
+def _start(config: Config, ranks: Ranks, engine: Engine) -> Progress:
     """Before the first step: with initial weights, or those of another run or model."""
     if source := config.checkpoint.init_from:
         log.info("weights from %s", load_weights(source, engine.ddp.module))
         engine.optimizer.reload_model_params()  # its FP32 copies
+        if ranks.rank == 0:
+            carry_over(source, Path(config.run.dir))
     return Progress(step=0, tokens=0)
 
 

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from nemomodel.checkpoint.files import CheckpointError, step_name
+from nemomodel.checkpoint.huggingface.exporting import export_checkpoint
+from nemomodel.checkpoint.huggingface.importing import import_folder
+from nemomodel.checkpoint.huggingface.verify import verify
 from nemomodel.train.loop import run
 from tests.ranks.test_train import Result, make_config
 from tests.ranks.test_train import train as train  # the fixture
@@ -71,3 +74,26 @@ def test_source_of_another_model_is_refused_with_every_difference(
         run(config)
     assert "model.hidden_size" in str(error.value)
     assert "model.norm_eps" in str(error.value)
+
+
+@pytest.mark.parametrize("imported", [False, True], ids=["folder", "imported"])
+def test_hugging_face_weights_go_in_and_out_of_a_run(
+    train: Train, tmp_path: Path, imported: bool
+) -> None:
+    """What the folder says beside the model comes out again with the trained weights."""
+    _, source = train("source", "train.stop_after=1")
+    folder = tmp_path / "hf"
+    export_checkpoint(tmp_path / "source", folder, dtype=None, shard_bytes=2**30, vocab_size=None)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"eos_token_id": 7, "rope_theta": 1e4}))
+    if imported:
+        import_folder(folder, tmp_path / "imported")
+        folder = tmp_path / "imported"
+    _, state = train("new", f"checkpoint.init_from={folder}", *STILL, world=2)
+    weights = [name for name in source if name.startswith("model.")]
+    assert [n for n in weights if not torch.equal(state[n], source[n])] == []
+    back = tmp_path / "back"
+    export_checkpoint(tmp_path / "new", back, dtype=None, shard_bytes=2**30, vocab_size=None)
+    raw = json.loads((back / "config.json").read_text())
+    assert (raw["eos_token_id"], raw["rope_theta"]) == (7, 1e4)
+    assert [line.name for line in verify(folder, back) if not line.equal] == []

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from nemomodel.checkpoint.files import FOLDER, CheckpointError
-from nemomodel.checkpoint.huggingface.folder import CONFIG, contained, read_json
+from nemomodel.checkpoint.huggingface.folder import (
+    CONFIG,
+    contained,
+    is_hf_folder,
+    read_json,
+)
 
 CARRIED = "hf"
-"""Where an imported checkpoint keeps the files of the folder it came from."""
+"""Where an imported checkpoint, and a run from it, keep the files of the folder it came from."""
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -74,6 +79,22 @@ def copy_carried(source: Path, target: Path) -> list[str]:
     return names
 
 
+def carry_over(source: Path | str, run_dir: Path) -> None:
+    """Keep the small files of what a run starts from, for the export of the run.
+
+    Args:
+        source: a Hugging Face folder or an imported checkpoint; others have no such files.
+
+    Raises:
+        CheckpointError: as `copy_carried`.
+    """
+    source = Path(source)
+    carried = source if is_hf_folder(source) else find_carried(source)
+    if carried:
+        (run_dir / CARRIED).mkdir(parents=True, exist_ok=True)
+        copy_carried(carried, run_dir / CARRIED)
+
+
 def tokenizer_config(tokenizer: Path, *, max_length: int | None) -> dict[str, Any]:
     """tokenizer_config.json for a tokenizer.json that has none."""
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -93,7 +114,7 @@ def _roots(path: Path) -> list[Path]:
 
 def _folders(path: Path) -> list[Path]:
     """Where the files of a checkpoint may lie, the nearest first."""
-    return [folder for root in _roots(path) for folder in (root / CARRIED, root)]
+    return [folder for root in _roots(path) for folder in (root, root / CARRIED)]
 
 
 def _vocab(tokenizer: Path) -> dict[str, int]:
