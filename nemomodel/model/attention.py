@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from nemomodel.config.schema import AttentionConfig
-from nemomodel.model.layers import Linear
+from nemomodel.model.layers import CachedLinear, Linear
 from nemomodel.model.past import STEP_POSITIONS, Past
 from nemomodel.ops.attention import causal_attention
 from nemomodel.ops.documents import Documents
@@ -35,31 +35,31 @@ class Attention(nn.Module):
 class CachedAttention:
     """The mixer over positions that follow earlier ones, and the keys and values of those.
 
-    Both are [B, G, max_length, P], filled from the left.
+    Both together are [2, B, G, max_length, P], filled from the left; what is forgotten gets
+    written over.
     """
 
     def __init__(self, mixer: Attention, *, batch_size: int, max_length: int):
-        self.head_dim, self.split = mixer.head_dim, mixer.split
-        self.qkv_proj, self.out_proj = mixer.qkv_proj.weight, mixer.out_proj.weight
-        self.heads_per_group = self.split[0] // self.split[1]
-        G = self.split[1] // self.head_dim
-        self.k, self.v = self.qkv_proj.new_zeros(2, batch_size, G, max_length, self.head_dim)
+        q_size, kv_size, _ = mixer.split
+        self.head_dim, self.split = mixer.head_dim, [q_size, 2 * kv_size]
+        self.heads_per_group, self.num_groups = q_size // kv_size, kv_size // mixer.head_dim
+        self.qkv_proj = CachedLinear(mixer.qkv_proj.weight)
+        self.out_proj = CachedLinear(mixer.out_proj.weight)
+        shape = 2, batch_size, self.num_groups, max_length, mixer.head_dim
+        self.kv = mixer.qkv_proj.weight.new_zeros(shape)
 
-    def __call__(self, x_SBD: Tensor, past: Past) -> Tensor:
-        S, B, _ = x_SBD.shape
-        G, P = self.k.shape[1], self.head_dim
-        q, k, v = F.linear(x_SBD, self.qkv_proj).split_with_sizes(self.split, -1)
-        k_SBGP, v_SBGP = k.view(S, B, G, P), v.view(S, B, G, P)
-        stop = past.length + S
-        self.k[:, :, past.length : stop] = k_SBGP.permute(1, 2, 0, 3)
-        self.v[:, :, past.length : stop] = v_SBGP.permute(1, 2, 0, 3)
-        if S > STEP_POSITIONS and past.length == 0:
+    def __call__(self, x_TD: Tensor, past: Past) -> Tensor:
+        S, B, length, G, P = *past[:3], self.num_groups, self.head_dim
+        q, kv = self.qkv_proj(x_TD).split_with_sizes(self.split, -1)
+        kv = kv.view(S, B, 2, G, P)
+        self.kv.narrow(3, length, S).copy_(kv.permute(2, 1, 3, 0, 4))
+        if S > STEP_POSITIONS and length == 0:
+            k_SBGP, v_SBGP = kv.unbind(2)
             y_SBHP = causal_attention(q.view(S, B, -1, P), k_SBGP, v_SBGP, past.documents)
-            return F.linear(y_SBHP.flatten(-2), self.out_proj)
+            return self.out_proj(y_SBHP.reshape(S * B, -1))
+        k, v = self.kv.narrow(3, 0, length + S).unbind()
         # The query heads of a group are rows of one product with its keys.
         rows = q.reshape(S, B, G, -1, P).permute(1, 2, 0, 3, 4).reshape(B, G, -1, P)
-        rows = F.scaled_dot_product_attention(
-            rows, self.k[:, :, :stop], self.v[:, :, :stop], attn_mask=past.sees
-        )
+        rows = F.scaled_dot_product_attention(rows, k, v, attn_mask=past.sees)
         y_SBGhP = rows.reshape(B, G, S, -1, P).permute(2, 0, 1, 3, 4)
-        return F.linear(y_SBGhP.reshape(S, B, -1), self.out_proj)
+        return self.out_proj(y_SBGhP.reshape(S * B, -1))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nemomodel.config.pattern import LayerKind
 from nemomodel.model.attention import CachedAttention
-from nemomodel.model.layers import CachedMLP
+from nemomodel.model.layers import CachedLinear, CachedMLP, CachedNorm
 from nemomodel.model.mamba import CachedMamba
 from nemomodel.model.moe import CachedMoE
 from nemomodel.model.mtp import MtpBlock
@@ -35,7 +35,7 @@ class CachedBlocks:
         max_length: int,
         padding_B: Tensor | None = None,
     ):
-        self.norms = [(b.norm.weight, b.norm.weight.shape, b.norm.eps) for b in blocks]
+        self.norms = [CachedNorm(block.norm.weight, block.norm.eps) for block in blocks]
         self.mixers = []
         self.mambas: list[CachedMamba] = []
         self.heads_per_group: int | None = None  # query heads per KV head, if there is attention
@@ -61,13 +61,13 @@ class CachedBlocks:
 
     def extend(self, x_SBD: Tensor) -> Tensor:
         """Pass x through the blocks as the next S positions; [S, B, D]."""
-        S = len(x_SBD)
+        S, B, _ = x_SBD.shape
         assert S + self.length <= self.max_length, (S, self.length, self.max_length)
-        past = self._past(S)
-        for (weight, shape, eps), mixer in zip(self.norms, self.mixers, strict=True):
-            x_SBD = x_SBD + mixer(F.rms_norm(x_SBD, shape, weight, eps), past)
+        past, x_TD = self._past(S, B), x_SBD.flatten(0, 1)
+        for norm, mixer in zip(self.norms, self.mixers, strict=True):
+            x_TD = mixer(norm(x_TD), past).add_(x_TD)
         self.last_start, self.length = self.length, self.length + S
-        return x_SBD
+        return x_TD.view(x_SBD.shape)
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on.
@@ -84,10 +84,10 @@ class CachedBlocks:
             mamba.keep(count) if length else mamba.reset()
         self.length = length
 
-    def _past(self, S: int) -> Past:
+    def _past(self, S: int, B: int) -> Past:
         length, stop = self.length, self.length + S
         if S == 1 and self.padding_B is None:
-            return Past(length, None, None, None)
+            return Past(S, B, length, None, None, None)
         key_S = self.positions[:stop]
         documents = real_SB1 = sees = None
         if self.padding_B is not None and length == 0:
@@ -103,7 +103,7 @@ class CachedBlocks:
                 # Padding sees itself: a softmax over nothing is not a number.
                 real = key_S >= self.padding_B.view(-1, 1, 1, 1)
                 sees = sees & (real | (key_S == query_Q1))
-        return Past(length, sees, documents, real_SB1)
+        return Past(S, B, length, sees, documents, real_SB1)
 
 
 class CachedModel:
@@ -125,9 +125,11 @@ class CachedModel:
         max_length: int,
         padding: list[int] | None = None,
     ):
-        self.embedding, self.head = model.embedding.weight, model.lm_head.weight
-        self.norm_weight, self.norm_eps = model.final_norm.weight, model.final_norm.eps
-        padding_B = torch.tensor(padding, device=self.head.device) if any(padding or ()) else None
+        self.embedding, self.head = model.embedding.weight, CachedLinear(model.lm_head.weight)
+        self.final_norm = CachedNorm(model.final_norm.weight, model.final_norm.eps)
+        padding_B = (
+            torch.tensor(padding, device=self.embedding.device) if any(padding or ()) else None
+        )
         self.blocks = CachedBlocks(
             model.blocks, batch_size=batch_size, max_length=max_length, padding_B=padding_B
         )
@@ -138,12 +140,11 @@ class CachedModel:
 
     def extend(self, ids_BS: Tensor) -> Tensor:
         """Hidden states [S, B, D] after the final norm, of the next S tokens."""
-        x_SBD = self.blocks.extend(F.embedding(ids_BS.T, self.embedding))
-        return F.rms_norm(x_SBD, self.norm_weight.shape, self.norm_weight, self.norm_eps)
+        return self.final_norm(self.blocks.extend(F.embedding(ids_BS.T, self.embedding)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] of hidden states [..., D], of the backbone or of a depth."""
-        return F.linear(hidden, self.head)
+        return self.head(hidden.view(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
 
     def crop(self, length: int) -> None:
         """As `CachedBlocks.crop`: roll back to the first `length` positions."""
@@ -159,9 +160,9 @@ class CachedDepth:
 
     def __init__(self, block: MtpBlock, *, max_length: int):
         norms = block.embedding_norm, block.hidden_norm
-        self.norm_weight_2D = torch.stack([norm.weight for norm in norms])
-        self.final_norm_weight, self.norm_eps = block.final_norm.weight, block.final_norm.eps
-        self.eh_proj = block.eh_proj.weight
+        self.half_norms = CachedNorm(torch.stack([n.weight for n in norms]), norms[0].eps)
+        self.final_norm = CachedNorm(block.final_norm.weight, block.final_norm.eps)
+        self.eh_proj = CachedLinear(block.eh_proj.weight)
         self.blocks = CachedBlocks(block.layers, batch_size=1, max_length=max_length)
 
     @property
@@ -170,11 +171,9 @@ class CachedDepth:
 
     def extend(self, hidden_SBD: Tensor, embedding_SBD: Tensor) -> Tensor:
         """Hidden states [S, 1, D] of this depth after its final norm."""
-        shape = self.final_norm_weight.shape
-        halves_SB2D = torch.stack([embedding_SBD, hidden_SBD], dim=-2)
-        halves_SB2D = F.rms_norm(halves_SB2D, shape, None, self.norm_eps) * self.norm_weight_2D
-        x_SBD = self.blocks.extend(F.linear(halves_SB2D.flatten(-2), self.eh_proj))
-        return F.rms_norm(x_SBD, shape, self.final_norm_weight, self.norm_eps)
+        halves_SB2D = self.half_norms(torch.stack([embedding_SBD, hidden_SBD], dim=-2))
+        x_TD = self.eh_proj(halves_SB2D.view(len(halves_SB2D), -1))
+        return self.final_norm(self.blocks.extend(x_TD.unsqueeze(1)))
 
     def crop(self, length: int) -> None:
         """As `CachedBlocks.crop`."""

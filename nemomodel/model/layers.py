@@ -1,13 +1,13 @@
 """The parts every layer is made of: linear, norm, dense MLP. Sequence first, no biases."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemomodel.model.past import Past
 from nemomodel.ops.activation import squared_relu
 from nemomodel.ops.linear import linear
 from nemomodel.ops.norm import rms_norm
+from nemomodel.ops.precision import wide
 
 
 class Linear(nn.Module):
@@ -45,11 +45,52 @@ class MLP(nn.Module):
         return self.fc2(squared_relu(self.fc1(x)))
 
 
+class CachedNorm:
+    """RMSNorm without gradients, in few operations: x w sqrt(D) / hypot(|x|, sqrt(eps D)).
+
+    Args:
+        weight: [D], or of several norms at once [n, D].
+    """
+
+    def __init__(self, weight: Tensor, eps: float):
+        size = weight.shape[-1]
+        self.weight = wide(weight) * size**0.5
+        self.floor = self.weight.new_tensor((eps * size) ** 0.5)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True)
+        return (x * self.weight).div_(torch.hypot(norm, self.floor)).to(x.dtype)
+
+
+ONEDNN_MIN_WEIGHT = 2**18
+"""Elements from which oneDNN's FP32 product of a few rows is the faster one on a CPU, up to three
+times (docs/decoding.md); PyTorch itself calls it for BF16 only. Of one row MKL's is."""
+
+
+class CachedLinear:
+    """y = x W^T without gradients, for few rows."""
+
+    def __init__(self, weight: Tensor):
+        self.weight, self.transposed = weight, weight.T
+        self.large = (
+            weight.device.type == "cpu"
+            and weight.dtype == torch.float32
+            and weight.numel() >= ONEDNN_MIN_WEIGHT
+            and torch.backends.mkldnn.is_available()
+        )
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        if self.large and len(x_TI) > 1:
+            # The only way to it that PyTorch 2.11 has.
+            return torch.ops.mkldnn._linear_pointwise(x_TI, self.weight, None, "none", [], "")
+        return torch.mm(x_TI, self.transposed)
+
+
 class CachedMLP:
     """The dense layer without gradients; it remembers nothing."""
 
     def __init__(self, mixer: MLP):
-        self.fc1, self.fc2 = mixer.fc1.weight, mixer.fc2.weight
+        self.fc1, self.fc2 = CachedLinear(mixer.fc1.weight), CachedLinear(mixer.fc2.weight)
 
-    def __call__(self, x_SBD: Tensor, past: Past) -> Tensor:
-        return F.linear(F.linear(x_SBD, self.fc1).relu_().square_(), self.fc2)
+    def __call__(self, x_TD: Tensor, past: Past) -> Tensor:
+        return self.fc2(self.fc1(x_TD).relu_().square_())

@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from nemomodel.config.schema import MambaConfig
-from nemomodel.model.layers import Linear
+from nemomodel.model.layers import CachedLinear, CachedNorm, Linear
 from nemomodel.model.past import STEP_POSITIONS, Past
 from nemomodel.ops.conv import causal_conv
 from nemomodel.ops.documents import Documents
@@ -85,21 +85,22 @@ class CachedMamba:
     def __init__(self, mixer: Mamba, *, batch_size: int):
         self.mixer, self.split, c = mixer, mixer.split, mixer.config
         self.split_in = [self.split[0], sum(self.split[1:4]), self.split[4]]
-        self.in_proj, self.out_proj = mixer.in_proj.weight, mixer.out_proj.weight
-        self.norm_weight, self.norm_eps = mixer.norm.weight, mixer.norm.eps
+        self.in_proj = CachedLinear(mixer.in_proj.weight)
+        self.out_proj = CachedLinear(mixer.out_proj.weight)
+        self.norm = CachedNorm(mixer.norm.weight.unflatten(0, (c.num_groups, -1)), mixer.norm.eps)
         self.taps_WC, self.conv_bias = wide(mixer.conv_weight).T.contiguous(), wide(mixer.conv_bias)
         self.A_H, self.D_H, self.dt_bias = -mixer.A_log.exp(), mixer.D, mixer.dt_bias
-        self.inputs_SBC = self.in_proj.new_zeros(
+        self.inputs_SBC = mixer.conv_weight.new_zeros(
             c.conv_kernel - 1, batch_size, mixer.conv_weight.shape[0]
         )
         # After each position of the last pass, as far as it was short.
         self.states_SBHPN = self.A_H.new_zeros(1, batch_size, c.num_heads, c.head_dim, c.state_size)
         self.kept = 0  # positions of the last pass; the state after them is [kept - 1]
 
-    def __call__(self, u_SBD: Tensor, past: Past) -> Tensor:
-        S, B, _ = u_SBD.shape
-        c, W = self.mixer.config, len(self.taps_WC)
-        z, xBC, dt = F.linear(u_SBD, self.in_proj).split_with_sizes(self.split_in, -1)
+    def __call__(self, u_TD: Tensor, past: Past) -> Tensor:
+        S, B, _, c, W = *past[:3], self.mixer.config, len(self.taps_WC)
+        zxBCdt = self.in_proj(u_TD).view(S, B, -1)
+        z, xBC, dt = zxBCdt.split_with_sizes(self.split_in, -1)
         dt_SBH = F.softplus(dt + self.dt_bias)
         if c.dt_min:
             dt_SBH = dt_SBH.clamp_(min=c.dt_min)
@@ -109,7 +110,7 @@ class CachedMamba:
         self.inputs_SBC = torch.cat([self.inputs_SBC[self.kept : self.kept + W - 1], xBC])
         state_BHPN = self.states_SBHPN[max(self.kept - 1, 0)]
         if S <= STEP_POSITIONS:
-            xBC = conv_step(self.inputs_SBC, self.taps_WC, self.conv_bias).to(u_SBD.dtype)
+            xBC = conv_step(self.inputs_SBC, self.taps_WC, self.conv_bias).to(u_TD.dtype)
         else:
             weights = self.mixer.conv_weight, self.mixer.conv_bias
             xBC = causal_conv(self.inputs_SBC, *weights, None)[W - 1 :]
@@ -127,9 +128,8 @@ class CachedMamba:
             y_SBHP, state_BHPN = ssd_from_state(*inputs, chunk_size=c.chunk_size)
             self.states_SBHPN = state_BHPN.unsqueeze(0)
             self.inputs_SBC, self.kept = self.inputs_SBC[S:].clone(), 0
-        gated = F.silu(wide(z)).mul_(y_SBHP.flatten(-2)).view(S, B, c.num_groups, -1)
-        hat = F.rms_norm(gated, gated.shape[-1:], None, self.norm_eps).flatten(-2)
-        return F.linear(hat.mul_(self.norm_weight).to(u_SBD.dtype), self.out_proj)
+        gated = F.silu(wide(z)).mul_(y_SBHP.flatten(-2)).view(S * B, c.num_groups, -1)
+        return self.out_proj(self.norm(gated).flatten(1).to(u_TD.dtype))
 
     def keep(self, count: int) -> None:
         """Forget the positions of the last pass but its first `count`, at least 1."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemomodel.config.schema import MoeConfig
-from nemomodel.model.layers import MLP, CachedMLP, Linear
+from nemomodel.model.layers import MLP, CachedLinear, CachedMLP, Linear
 from nemomodel.model.past import Past
 from nemomodel.ops.experts import (
     Permutation,
@@ -145,26 +145,26 @@ class CachedMoE:
 
     def __init__(self, mixer: LatentMoE):
         self.mixer, self.router = mixer, mixer.router
-        self.router_weight = wide(mixer.router.weight)
+        self.score = CachedLinear(wide(mixer.router.weight))
         self.latent = mixer.router.config.latent_size is not None
         if self.latent:
-            self.latent_down, self.latent_up = mixer.latent_down.weight, mixer.latent_up.weight
+            self.latent_down = CachedLinear(mixer.latent_down.weight)
+            self.latent_up = CachedLinear(mixer.latent_up.weight)
         self.fc1, self.fc2 = mixer.experts.fc1, mixer.experts.fc2
         self.fc1_of, self.fc2_of = self.fc1.unbind(), self.fc2.unbind()
         self.shared_expert = CachedMLP(mixer.shared_expert)
 
-    def __call__(self, x_SBD: Tensor, past: Past) -> Tensor:
-        S, B, D = x_SBD.shape
-        if x_SBD.is_cuda or S * B > FEW_TOKENS:
-            return self.mixer(x_SBD)[0]
-        x_TD = x_SBD.view(S * B, D)
-        score_TE = F.linear(wide(x_TD), self.router_weight).sigmoid_()
+    def __call__(self, x_TD: Tensor, past: Past) -> Tensor:
+        T = len(x_TD)
+        if x_TD.is_cuda or T > FEW_TOKENS:
+            return self.mixer(x_TD.unsqueeze(1))[0].squeeze(1)
+        score_TE = self.score(wide(x_TD)).sigmoid_()
         expert_TK, gate_TK = self.router.choose(score_TE)
-        z_TL = F.linear(x_TD, self.latent_down) if self.latent else x_TD
-        all_of_them = len(x_TD) > 1 and 2 * expert_TK.numel() >= len(self.fc1)
+        z_TL = self.latent_down(x_TD) if self.latent else x_TD
+        all_of_them = T > 1 and 2 * expert_TK.numel() >= len(self.fc1_of)
         y_TL = (self._by_all if all_of_them else self._by_chosen)(z_TL, expert_TK, gate_TK)
-        y_TD = F.linear(y_TL, self.latent_up) if self.latent else y_TL
-        return self.shared_expert(x_SBD, past).add_(y_TD.view(S, B, D))
+        y_TD = self.latent_up(y_TL) if self.latent else y_TL
+        return self.shared_expert(x_TD, past).add_(y_TD)
 
     def _by_chosen(self, z_TL: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """sum_k gate_k expert_k(z), one product per token and chosen expert."""
@@ -178,8 +178,8 @@ class CachedMoE:
 
     def _by_all(self, z_TL: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """The same by every expert, with gate 0 for those not chosen: few products."""
-        T, E = len(z_TL), len(self.fc1)
+        T, E = len(z_TL), len(self.fc1_of)
         gate_TE = gate_TK.new_zeros(T, E).scatter_(1, expert_TK, gate_TK)
-        h_TEF = F.linear(z_TL, self.fc1.view(-1, z_TL.shape[1])).relu_().square_().view(T, E, -1)
+        h_TEF = F.linear(z_TL, self.fc1.flatten(0, 1)).relu_().square_().view(T, E, -1)
         h_TEF.mul_(gate_TE.unsqueeze(-1))
         return torch.bmm(h_TEF.transpose(0, 1), self.fc2.mT).sum(0)

@@ -14,6 +14,8 @@ back to any of them; a longer one goes by chunks."""
 class Past(NamedTuple):
     """The same for every layer of a pass over S positions that follow `length` others."""
 
+    num_positions: int
+    batch_size: int
     length: int
     sees: Tensor | None
     """Bool, which keys each query sees: [S * h, length + S], or with padding [B, 1, ...]; h query

@@ -18,8 +18,8 @@ def conv_step(inputs_SBC: Tensor, taps_WC: Tensor, bias: Tensor) -> Tensor:
     if len(inputs_SBC) == num_taps:
         acc_SBC = (inputs_SBC * taps_WC.unsqueeze(1)).sum(0, keepdim=True)
     else:
-        windows_SBCW = inputs_SBC.unfold(0, num_taps, 1)
-        acc_SBC = (windows_SBCW * taps_WC.T).sum(-1)
+        windows_SWBC = inputs_SBC.unfold(0, num_taps, 1).movedim(-1, 1)
+        acc_SBC = (windows_SWBC * taps_WC.unsqueeze(1)).sum(1)
     return F.silu(acc_SBC.add_(bias), inplace=True)
 
 
@@ -40,14 +40,15 @@ def ssd_step(
     """
     S, B, H, P = x_SBHP.shape
     G, N = B_SBGN.shape[2:]
-    heads = (S, B, G, H // G)
-    decay = torch.mul(dt_SBH, A_H).exp_().view(*heads, 1, 1)
-    added = torch.mul(x_SBHP, dt_SBH.unsqueeze(-1)).view(*heads, P, 1)
-    B_, C_ = (t.to(dt_SBH.dtype).unsqueeze(3) for t in (B_SBGN, C_SBGN))  # [S, B, G, 1, N]
-    state = state_BHPN.view(*heads[1:], P, N)
-    rows = states_SBHPN.view(*heads, P, N).unbind()
-    for row, *factors in zip(rows, *(t.unbind() for t in (decay, added, B_)), strict=True):
-        torch.mul(state, factors[0], out=row).addcmul_(factors[1], factors[2].unsqueeze(-2))
-        state = row
-    y = torch.bmm(C_.reshape(S * B * G, 1, N), states_SBHPN.view(S * B * G, -1, N).mT)
-    return y.view(S, B, H, P).addcmul_(x_SBHP, D_H.unsqueeze(-1))
+    heads, wide = (B, G, H // G), dt_SBH.dtype
+    # h heads of one group: state [B, G, h, P, N], decay [.., 1, 1], x [.., P, 1], B [.., 1, N].
+    decay = torch.mul(dt_SBH, A_H).exp_().view(S, *heads, 1, 1)
+    added = torch.mul(x_SBHP, dt_SBH.unsqueeze(-1)).view(S, *heads, P, 1)
+    B_wide = B_SBGN.to(wide).view(S, B, G, 1, 1, N)
+    state = state_BHPN.view(*heads, P, N)
+    states = states_SBHPN.view(S, *heads, P, N)
+    for s in range(S):
+        state = torch.mul(state, decay[s], out=states[s]).addcmul_(added[s], B_wide[s])
+    C_wide = C_SBGN.to(wide).reshape(S * B * G, 1, N)
+    y = torch.bmm(C_wide, states.view(S * B * G, -1, N).mT)
+    return y.view(S, B, H, P).addcmul_(x_SBHP, D_H.view(H, 1))
