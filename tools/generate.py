@@ -9,6 +9,7 @@ standard input. --compare also measures decoding without drafts.
 
 import argparse
 import json
+import signal
 import sys
 import time
 import warnings
@@ -29,14 +30,15 @@ COMPARISONS = 3
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    warnings.showwarning = lambda message, *_: print(f"generate: {message}", file=sys.stderr)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"generate: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        return 130
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"generate: {message}", file=sys.stderr)
+        try:
+            return run(args)
+        except (ValueError, OSError) as error:
+            print(f"generate: {error}", file=sys.stderr)
+            return USER_ERROR
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -179,10 +181,7 @@ def as_record(result: Result) -> dict:
 
 def report(generations: "list[Generation]", seconds: float) -> None:
     """Statistics of all prompts together, on standard error."""
-    tokens, passes = (
-        sum(len(g.tokens) for g in generations),
-        sum(g.passes for g in generations),
-    )
+    tokens, passes = sum(len(g.tokens) for g in generations), sum(g.passes for g in generations)
     line = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s"
     if any(g.drafted for g in generations) and passes:
         line += f"; acceptance length {(tokens - len(generations)) / passes:.2f}"
@@ -200,10 +199,8 @@ def compare(
 ) -> int:
     """Decode with and without drafts in turn; 1 if greedy outputs differ, else 0."""
     warnings.simplefilter("ignore")  # what it has to say was said in the run before
-    rate, outputs = {}, {}
-    for length in (0, args.draft_length):
-        rate[length], outputs[length] = 0.0, []
-    best: dict[tuple[int, int], float] = {}
+    outputs: dict[int, list[list[int]]] = {0: [], args.draft_length: []}
+    best: dict[tuple[int, int], float] = {}  # seconds by draft length and prompt
     for _ in range(COMPARISONS):
         for prompt, ids in enumerate(prompt_ids):
             for length, tokens in outputs.items():
@@ -211,12 +208,14 @@ def compare(
                 tokens.append(decode(ids, length, None).tokens)
                 seconds = time.perf_counter() - start
                 best[length, prompt] = min(seconds, best.get((length, prompt), seconds))
-    for length, tokens in outputs.items():
-        total = sum(best[length, prompt] for prompt in range(len(prompt_ids)))
-        rate[length] = sum(map(len, tokens[: len(prompt_ids)])) / total
+    plain_rate, drafted_rate = (
+        sum(map(len, tokens[: len(prompt_ids)]))
+        / sum(best[length, prompt] for prompt in range(len(prompt_ids)))
+        for length, tokens in outputs.items()
+    )
     plain, drafted = outputs.values()
-    line = f"without drafts {rate[0]:.1f} tokens/s, with {rate[args.draft_length]:.1f}: "
-    line += f"{rate[args.draft_length] / rate[0]:.2f} times as fast (best of {COMPARISONS} each)"
+    line = f"without drafts {plain_rate:.1f} tokens/s, with {drafted_rate:.1f}: "
+    line += f"{drafted_rate / plain_rate:.2f} times as fast (best of {COMPARISONS} each)"
     if args.temperature:
         print(f"{line}; outputs are drawn at random", file=sys.stderr)
         return 0
