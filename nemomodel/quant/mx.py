@@ -54,7 +54,8 @@ def quantize_mx(
         scale_rule: the exponent of a block from its largest magnitude a, with e_max that of the
             element format: floor(log2 a) - e_max (OCP; elements may saturate); the same of a
             rounded to the element's mantissa (even); ceil(log2 a) - e_max; or
-            ceil(log2(a / max)) (rceil: cuBLAS and Transformer Engine; nothing saturates).
+            ceil(log2(a / max)) (rceil: nothing saturates; cuBLAS and Transformer Engine multiply by
+            the rounded 1 / max, the same for BF16 input).
         seed: of stochastic rounding.
 
     Raises:

@@ -48,7 +48,7 @@ class NVFP4Tensor:
     shape: tuple[int, ...]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """code * scale * amax / 2688, computed in FP32, in the original shape."""
+        """(code * scale) * (amax / 2688), computed in FP32, in the original shape."""
         values, scales = self.exact()
         factor = self.amax.to(torch.float32) * torch.tensor(1 / LARGEST, device=self.amax.device)
         return (values * scales * factor).to(dtype).view(self.shape)
@@ -93,9 +93,9 @@ def quantize_nvfp4(
     if amax is None:
         amax = tiles.abs().amax() if x.numel() else tiles.new_zeros(())
     key = stream_key(seed) if rounding == "stochastic" else None
-    values, scales = encode(tiles, amax, key=key)
+    scaled, scales = _scale(tiles, amax)
     return NVFP4Tensor(
-        packed=_pack(values, tiles),
+        packed=_pack(_round(scaled, key), scaled),
         scales=scales.squeeze((1, 3)).to(torch.float8_e4m3fn),
         amax=amax,
         block=tuple(block),
@@ -111,16 +111,18 @@ def encode(tiles: Tensor, amax: Tensor, *, key: tuple[int, int] | None) -> tuple
         amax: FP32 scalar.
         key: stream of stochastic rounding; None rounds to nearest even.
     """
-    scales, encode_scales = _scales(tile_amax(tiles), amax)
-    scaled = tiles * encode_scales
+    scaled, scales = _scale(tiles, amax)
+    return _round(scaled, key), scales
+
+
+def _round(scaled: Tensor, key: tuple[int, int] | None) -> Tensor:
     if key is None:
-        return round_nearest(scaled, E2M1), scales
-    bits = random_bits(tuple(tiles.shape), key, tiles.device)
-    return round_stochastic(scaled, E2M1, bits), scales
+        return round_nearest(scaled, E2M1)
+    return round_stochastic(scaled, E2M1, random_bits(tuple(scaled.shape), key, scaled.device))
 
 
-def _scales(amax_block: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
-    """E4M3 scale of every block as FP32, and what its elements are multiplied by."""
+def _scale(tiles: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """Elements divided by their scales, and the E4M3 scale of every block as FP32."""
     # torch.div of tensors: a division by or of a Python number may become a multiplication.
     largest = torch.full_like(amax, LARGEST)
     global_encode = torch.div(largest, amax).clamp(max=FP32_MAX)
@@ -128,15 +130,17 @@ def _scales(amax_block: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
     global_encode = torch.where(unusable, torch.ones_like(amax), global_encode)
     global_decode = torch.div(torch.ones_like(amax), global_encode)
     sixth = torch.full_like(amax, 1 / E2M1.max)
-    scales = round_nearest((amax_block * (global_encode * sixth)).clamp(max=FP32_MAX), E4M3)
+    wanted = (tile_amax(tiles) * (global_encode * sixth)).clamp(max=FP32_MAX)
+    scales = round_nearest(wanted, E4M3)
     block_decode = scales * global_decode
-    return scales, torch.div(torch.ones_like(block_decode), block_decode).clamp(max=FP32_MAX)
+    block_encode = torch.div(torch.ones_like(block_decode), block_decode).clamp(max=FP32_MAX)
+    return tiles * block_encode, scales
 
 
-def _pack(values: Tensor, tiles: Tensor) -> Tensor:
-    """uint8 [M, K / 2] of codes as numbers; signs come from the unrounded values."""
+def _pack(values: Tensor, scaled: Tensor) -> Tensor:
+    """uint8 [M, K / 2] of codes as numbers; signs are those before rounding."""
     table = torch.tensor(_CODE_OF_DOUBLE, dtype=torch.uint8, device=values.device)
-    codes = table[(values.abs() * 2).long()] + 8 * (tiles < 0).to(torch.uint8)
+    codes = table[(values.abs() * 2).long()] + 8 * (scaled < 0).to(torch.uint8)
     codes_MK = from_tiles(codes, (codes.shape[0] * codes.shape[1], codes.shape[2] * codes.shape[3]))
     if codes_MK.shape[1] % 2:
         codes_MK = F.pad(codes_MK, (0, 1))

@@ -279,3 +279,9 @@ def test_code_times_scale_is_exact_in_bf16(block: tuple[int, int]):
 def test_every_code_times_every_scale_is_exact_in_bf16():
     product = np.multiply.outer(GRIDS["E2M1"], GRIDS["E4M3"])
     np.testing.assert_array_equal(product.astype(ml_dtypes.bfloat16).astype(np.float64), product)
+
+
+def test_negative_product_that_underflows_has_code_0():
+    """Transformer Engine takes the sign from the scaled value, which is -0.0 here."""
+    x = torch.tensor([[1e30, -1e-38] + [0.0] * 14])
+    assert quantize_nvfp4(x).packed[0, 0] == 0x07
