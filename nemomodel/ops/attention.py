@@ -37,7 +37,7 @@ def _attend(q_BHSP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor) -> Tensor:
     return _BlockedAttention.apply(q_BHSP, k_BGSP, v_BGSP)
 
 
-CPU_BLOCK = 128
+CPU_BLOCK = 48
 """Queries at a time on a CPU: few enough that the scores stay in cache."""
 
 
