@@ -10,6 +10,7 @@ from nemomodel.quant.formats import BDRFormat, Element, MXFormat
 from nemomodel.quant.rounding import (
     FP32_MANTISSA_BITS,
     Rounding,
+    exp2,
     random_bits,
     round_nearest,
     round_stochastic,
@@ -36,7 +37,7 @@ class SharedExponentTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """elements * 2^exponents, in the original shape."""
         rows = self.elements.shape[0], self.shape[-1]
-        values = from_tiles(torch.ldexp(self.elements, self.exponents), rows)
+        values = from_tiles(self.elements * exp2(self.exponents), rows)
         return values.to(dtype).view(self.shape)
 
 
@@ -64,9 +65,21 @@ def quantize_mx(
     if scale_rule not in SCALE_RULES:
         raise ValueError(f"scale_rule={scale_rule!r}: use one of {', '.join(SCALE_RULES)}")
     tiles = to_tiles(as_matrix(x), (1, format.block_size)).float()
-    exponents = _block_exponents(tile_amax(tiles), format.element, scale_rule)
-    elements = _round(torch.ldexp(tiles, -exponents), format.element, rounding, seed)
+    elements, exponents = encode_mx(tiles, format.element, scale_rule, key=_key(rounding, seed))
     return SharedExponentTensor(elements, exponents, tuple(x.shape))
+
+
+def encode_mx(
+    tiles: Tensor, element: Element, scale_rule: ScaleRule, *, key: tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
+    """Elements [M / a, a, K / b, b] and exponents, int32 [M / a, 1, K / b, 1].
+
+    Args:
+        tiles: FP32, as `to_tiles` makes them.
+        key: stream of stochastic rounding; None rounds to nearest even.
+    """
+    exponents = _block_exponents(tile_amax(tiles), element, scale_rule)
+    return _round(tiles * exp2(-exponents), element, key), exponents
 
 
 def quantize_bdr(
@@ -83,16 +96,20 @@ def quantize_bdr(
     pairs = tiles.unflatten(-1, (-1, format.pair_size))
     own = _floor_log2(pairs.abs().amax(-1, keepdim=True)).expand_as(pairs).flatten(-2)
     exponents = (shared - (own < shared).int()).clamp(MIN_EXPONENT, MAX_EXPONENT)
-    elements = _round(torch.ldexp(tiles, -exponents), format.element, rounding, seed)
+    elements = _round(tiles * exp2(-exponents), format.element, _key(rounding, seed))
     return SharedExponentTensor(elements, exponents, tuple(x.shape))
 
 
-def _round(v: Tensor, element: Element, rounding: Rounding, seed: int) -> Tensor:
-    if rounding == "nearest":
-        return round_nearest(v, element)
-    if rounding != "stochastic":
+def _key(rounding: Rounding, seed: int) -> tuple[int, int] | None:
+    if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding={rounding!r}: use 'nearest' or 'stochastic'")
-    return round_stochastic(v, element, random_bits(tuple(v.shape), stream_key(seed), v.device))
+    return stream_key(seed) if rounding == "stochastic" else None
+
+
+def _round(v: Tensor, element: Element, key: tuple[int, int] | None) -> Tensor:
+    if key is None:
+        return round_nearest(v, element)
+    return round_stochastic(v, element, random_bits(tuple(v.shape), key, v.device))
 
 
 def _block_exponents(amax: Tensor, element: Element, rule: ScaleRule) -> Tensor:

@@ -25,6 +25,12 @@ def power_of_two(v: Tensor) -> Tensor:
     return (v.view(torch.int32) & _EXPONENT_MASK).view(torch.float32)
 
 
+def exp2(exponent: Tensor) -> Tensor:
+    """2^exponent as FP32 for int32 exponents from -127 (a denormal number) to 127."""
+    normal = (exponent + 127) << FP32_MANTISSA_BITS
+    return torch.where(exponent == -127, 1 << (FP32_MANTISSA_BITS - 1), normal).view(torch.float32)
+
+
 def round_nearest(v: Tensor, element: Element) -> Tensor:
     """The nearest value of the format, ties to even, saturating; zeros lose their sign.
 
