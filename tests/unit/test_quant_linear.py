@@ -1,0 +1,172 @@
+"""The three products of a quantised linear against float64 products of its operands."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nemomodel.quant.formats import MXFP8_E4M3
+from nemomodel.quant.hadamard import hadamard_matrix, transform_rows
+from nemomodel.quant.linear import LinearFormat, QuantizedLinear
+from nemomodel.quant.mx import quantize_mx
+from nemomodel.quant.nvfp4 import quantize_nvfp4
+from nemomodel.quant.operand import OperandFormat, product, quantize_operand
+from nemomodel.quant.recipe import RECIPES, Place, Role, mxfp8_format, nvfp4_format
+from tests.close import rms_ratio
+
+BF16_STEP = 2.0**-8
+NEAREST = nvfp4_format(stochastic=False)
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def decoded(x: Tensor, format: OperandFormat) -> Tensor:
+    """The values an operand stands for, by way of the packed form, in float64."""
+    if format.hadamard:
+        x = transform_rows(x, hadamard_matrix())
+    if format.format == "mxfp8":
+        t = x.T.contiguous() if format.along == "rows" else x
+        values = quantize_mx(t, MXFP8_E4M3, "rceil").dequantize(torch.float64)
+        return values.T if format.along == "rows" else values
+    block = {"columns": (1, 16), "rows": (16, 1), "both": (16, 16)}[format.along]
+    q = quantize_nvfp4(x, block)
+    codes, scales = q.exact()
+    return codes.double() * scales.double() * (q.amax.double() / 2688)
+
+
+FORMATS = [
+    OperandFormat("nvfp4", "columns"),
+    OperandFormat("nvfp4", "rows"),
+    OperandFormat("nvfp4", "both"),
+    OperandFormat("nvfp4", "rows", hadamard=True),
+    OperandFormat("mxfp8", "columns"),
+    OperandFormat("mxfp8", "rows"),
+]
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (33, 50), (1, 16), (16, 1)])
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_operands_are_exact_in_bf16(format: OperandFormat, shape: tuple[int, int]) -> None:
+    x = draw(*shape)
+    operand = quantize_operand(x, format)
+    assert operand.values.dtype == torch.bfloat16
+    factor = 1.0 if operand.factor is None else operand.factor.double()
+    expected = decoded(x, format)
+    assert operand.values.shape == expected.shape
+    assert rms_ratio(operand.values.double() * factor, expected) < 2e-7
+
+
+@pytest.mark.parametrize("format", [NEAREST, mxfp8_format()], ids=["nvfp4", "mxfp8"])
+@pytest.mark.parametrize(("tokens", "width", "out"), [(48, 64, 80), (33, 50, 17)])
+def test_each_product_is_that_of_its_operands(
+    format: LinearFormat, tokens: int, width: int, out: int
+) -> None:
+    x = draw(tokens, width, seed=1).requires_grad_()
+    weight = nn.Parameter(draw(out, width, seed=2))
+    dy = draw(tokens, out, seed=3)
+    y = QuantizedLinear(format, name="layer", seed=0)(x, weight)
+    y.backward(dy)
+    w = weight.detach()
+    fprop = decoded(x.detach(), format.fprop.left) @ decoded(w, format.fprop.right).T
+    dgrad = decoded(dy, format.dgrad.left) @ decoded(w, format.dgrad.right)
+    wgrad = decoded(dy, format.wgrad.left).T @ decoded(x.detach(), format.wgrad.right)
+    for actual, expected in ((y, fprop), (x.grad, dgrad), (weight.grad, wgrad)):
+        assert actual.dtype == torch.bfloat16
+        # Rounded once, to BF16, after the FP32 factors.
+        assert rms_ratio(actual, expected) < 0.5 * BF16_STEP * 1.01
+
+
+def test_product_is_rounded_once() -> None:
+    left, right = (quantize_operand(draw(64, 256, seed=s), FORMATS[0]) for s in (1, 2))
+    right = replace(right, values=right.values.T)
+    exact = left.values.double() @ right.values.double() * (left.factor * right.factor).double()
+    assert (product(left, right) == exact.to(torch.bfloat16)).float().mean() > 0.999
+
+
+def test_transform_cancels_in_wgrad() -> None:
+    """Without quantisation the transformed product is the plain one."""
+    dy, x = draw(48, 20, dtype=torch.float64), draw(48, 30, seed=1, dtype=torch.float64)
+    matrix = hadamard_matrix()
+    mixed = transform_rows(dy, matrix).T @ transform_rows(x, matrix)
+    assert rms_ratio(mixed, dy.T @ x) < 1e-14
+
+
+def test_square_blocks_serve_both_uses_of_a_weight() -> None:
+    quantized = QuantizedLinear(NEAREST, name="layer", seed=0)
+    weight = nn.Parameter(draw(32, 48))
+    format = NEAREST.fprop.right
+    assert format == NEAREST.dgrad.right
+    first = quantized.weight(weight, format)
+    assert quantized.weight(weight, format) is first
+    with torch.no_grad():
+        weight.mul_(2)
+    quantized.new_step(1)
+    assert quantized.weight(weight, format).factor == 2 * first.factor
+
+
+def test_stochastic_gradients_are_unbiased_and_repeat_by_step() -> None:
+    format = nvfp4_format()
+    x, weight, dy = draw(32, 48, seed=1), nn.Parameter(draw(64, 48, seed=2)), draw(32, 64, seed=3)
+
+    def gradient(quantized: QuantizedLinear, step: int) -> Tensor:
+        quantized.new_step(step)
+        leaf = x.clone().requires_grad_()
+        quantized(leaf, weight).backward(dy)
+        return leaf.grad.double()
+
+    quantized = QuantizedLinear(format, name="layer", seed=0)
+    first = gradient(quantized, 1)
+    assert torch.equal(gradient(QuantizedLinear(format, name="layer", seed=0), 1), first)
+    assert not torch.equal(gradient(quantized, 2), first)
+    assert not torch.equal(gradient(QuantizedLinear(format, name="other", seed=0), 1), first)
+    mean = torch.stack([gradient(quantized, step) for step in range(400)]).mean(0)
+    exact = dy.double() @ decoded(weight.detach(), format.dgrad.right)
+    single = (first - exact).norm() / exact.norm()
+    # 400 draws shrink what has mean zero by 20; clamping at the largest code has not.
+    assert (mean - exact).norm() / exact.norm() < single / 8
+
+
+def test_micro_batches_draw_different_bits() -> None:
+    quantized = QuantizedLinear(nvfp4_format(), name="layer", seed=0)
+    weight, dy = nn.Parameter(draw(64, 48, seed=2)), draw(32, 64, seed=3)
+    gradients = []
+    for _ in range(2):
+        leaf = draw(32, 48, seed=1).requires_grad_()
+        quantized(leaf, weight).backward(dy)
+        gradients.append(leaf.grad)
+    assert not torch.equal(*gradients)
+
+
+def test_weight_gradients_accumulate_in_fp32() -> None:
+    weight = nn.Parameter(draw(16, 16))
+    weight.main_grad = torch.zeros(16, 16)
+    quantized = QuantizedLinear(NEAREST, name="layer", seed=0)
+    for _ in range(2):
+        quantized(draw(32, 16, seed=1), weight).backward(draw(32, 16, seed=2))
+    assert weight.grad is None
+    once = weight.main_grad / 2
+    assert torch.equal(once.to(torch.bfloat16).float(), once)
+
+
+def test_super_recipe_says_what_the_paper_says() -> None:
+    recipe = RECIPES["nvfp4_super"]
+
+    def format(role: Role, layer: int = 0, *, in_mtp: bool = False) -> LinearFormat | None:
+        return recipe.format(Place(role, layer, 88, in_mtp), last_layers=14)
+
+    assert format(Role.MAMBA_IN) == format(Role.EXPERT_FC1) == format(Role.SHARED_FC2)
+    assert format(Role.MAMBA_IN) == nvfp4_format()
+    assert format(Role.MAMBA_OUT) == mxfp8_format()
+    assert format(Role.MAMBA_IN, 73)
+    assert format(Role.MAMBA_IN, 74) is None
+    for role in (Role.ATTENTION_QKV, Role.ATTENTION_OUT, Role.LATENT_DOWN, Role.LATENT_UP):
+        assert format(role) is None
+    assert format(Role.EXPERT_FC1, in_mtp=True) is None
+    fp4 = nvfp4_format()
+    assert (str(fp4.fprop.left), str(fp4.fprop.right)) == ("nvfp4 1x16", "nvfp4 16x16")
+    assert (str(fp4.dgrad.left), str(fp4.dgrad.right)) == ("nvfp4 1x16 SR", "nvfp4 16x16")
+    assert (str(fp4.wgrad.left), str(fp4.wgrad.right)) == ("nvfp4 16x1 SR RHT", "nvfp4 16x1 RHT")
