@@ -58,13 +58,15 @@ class CachedNorm:
         self.floor = self.weight.new_tensor((eps * size) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True)
-        return (x * self.weight).div_(torch.hypot(norm, self.floor)).to(x.dtype)
+        dtype = self.weight.dtype
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        y = (x * self.weight).div_(torch.hypot(norm, self.floor))
+        return y if x.dtype == dtype else y.to(x.dtype)
 
 
-ONEDNN_MIN_WEIGHT = 2**18
-"""Elements from which oneDNN's FP32 product of a few rows is the faster one on a CPU, up to three
-times (docs/decoding.md); PyTorch itself calls it for BF16 only. Of one row MKL's is."""
+ONEDNN_FEW_ROWS, ONEDNN_ONE_ROW = 300_000, 1_000_000
+"""Elements of a weight from which oneDNN's FP32 product of 2 to 8 rows, or of one row, is faster
+than MKL's on a CPU, up to four times (docs/decoding.md). PyTorch calls it for BF16 only."""
 
 
 class CachedLinear:
@@ -72,15 +74,14 @@ class CachedLinear:
 
     def __init__(self, weight: Tensor):
         self.weight, self.transposed = weight, weight.T
-        self.large = (
-            weight.device.type == "cpu"
-            and weight.dtype == torch.float32
-            and weight.numel() >= ONEDNN_MIN_WEIGHT
-            and torch.backends.mkldnn.is_available()
-        )
+        self.onednn_rows = range(0)
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            first = 1 if weight.numel() >= ONEDNN_ONE_ROW else 2
+            if weight.numel() >= ONEDNN_FEW_ROWS and torch.backends.mkldnn.is_available():
+                self.onednn_rows = range(first, 9)
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        if self.large and len(x_TI) > 1:
+        if self.onednn_rows and x_TI.shape[0] in self.onednn_rows:
             # The only way to it that PyTorch 2.11 has.
             return torch.ops.mkldnn._linear_pointwise(x_TI, self.weight, None, "none", [], "")
         return torch.mm(x_TI, self.transposed)

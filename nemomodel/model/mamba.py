@@ -98,7 +98,7 @@ class CachedMamba:
         self.kept = 0  # positions of the last pass; the state after them is [kept - 1]
 
     def __call__(self, u_TD: Tensor, past: Past) -> Tensor:
-        S, B, _, c, W = *past[:3], self.mixer.config, len(self.taps_WC)
+        S, B, _, c, W = *past[:3], self.mixer.config, self.taps_WC.shape[0]
         zxBCdt = self.in_proj(u_TD).view(S, B, -1)
         z, xBC, dt = zxBCdt.split_with_sizes(self.split_in, -1)
         dt_SBH = F.softplus(dt + self.dt_bias)
@@ -120,7 +120,7 @@ class CachedMamba:
         C_SBGN = C.view(S, B, c.num_groups, c.state_size)
         inputs = x_SBHP, dt_SBH, self.A_H, B_SBGN, C_SBGN, self.D_H, state_BHPN
         if S <= STEP_POSITIONS:
-            if len(self.states_SBHPN) < S:
+            if self.states_SBHPN.shape[0] < S:
                 self.states_SBHPN = state_BHPN.new_empty(S, *state_BHPN.shape)
             y_SBHP = ssd_step(*inputs, self.states_SBHPN[:S])
             self.kept = S

@@ -139,6 +139,9 @@ class LatentMoE(nn.Module):
 FEW_TOKENS = 16
 """Up to this many, grouping the tokens by expert takes longer than it saves on a CPU."""
 
+SMALL_EXPERTS = 2**16
+"""Elements of all experts' fc1 up to which a product with all of them costs next to nothing."""
+
 
 class CachedMoE:
     """The mixer without gradients; it remembers nothing."""
@@ -155,13 +158,14 @@ class CachedMoE:
         self.shared_expert = CachedMLP(mixer.shared_expert)
 
     def __call__(self, x_TD: Tensor, past: Past) -> Tensor:
-        T = len(x_TD)
+        T = x_TD.shape[0]
         if x_TD.is_cuda or T > FEW_TOKENS:
             return self.mixer(x_TD.unsqueeze(1))[0].squeeze(1)
         score_TE = self.score(wide(x_TD)).sigmoid_()
         expert_TK, gate_TK = self.router.choose(score_TE)
         z_TL = self.latent_down(x_TD) if self.latent else x_TD
-        all_of_them = T > 1 and 2 * expert_TK.numel() >= len(self.fc1_of)
+        chosen = expert_TK.numel() * (2 if self.fc1.numel() <= SMALL_EXPERTS else 1)
+        all_of_them = T > 1 and chosen >= len(self.fc1_of)
         y_TL = (self._by_all if all_of_them else self._by_chosen)(z_TL, expert_TK, gate_TK)
         y_TD = self.latent_up(y_TL) if self.latent else y_TL
         return self.shared_expert(x_TD, past).add_(y_TD)
@@ -178,7 +182,7 @@ class CachedMoE:
 
     def _by_all(self, z_TL: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """The same by every expert, with gate 0 for those not chosen: few products."""
-        T, E = len(z_TL), len(self.fc1_of)
+        T, E = z_TL.shape[0], len(self.fc1_of)
         gate_TE = gate_TK.new_zeros(T, E).scatter_(1, expert_TK, gate_TK)
         h_TEF = F.linear(z_TL, self.fc1.flatten(0, 1)).relu_().square_().view(T, E, -1)
         h_TEF.mul_(gate_TE.unsqueeze(-1))

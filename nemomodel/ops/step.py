@@ -14,8 +14,8 @@ def conv_step(inputs_SBC: Tensor, taps_WC: Tensor, bias: Tensor) -> Tensor:
     Args:
         taps_WC: the transposed conv weight, wide like `bias` [C].
     """
-    num_taps = len(taps_WC)
-    if len(inputs_SBC) == num_taps:
+    num_taps = taps_WC.shape[0]
+    if inputs_SBC.shape[0] == num_taps:
         acc_SBC = (inputs_SBC * taps_WC.unsqueeze(1)).sum(0, keepdim=True)
     else:
         windows_SWBC = inputs_SBC.unfold(0, num_taps, 1).movedim(-1, 1)
