@@ -5,7 +5,6 @@
 Each operand is quantised from the high-precision tensor, never from another quantised copy.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -37,39 +36,69 @@ class LinearFormat:
 
 
 class QuantizedLinear:
-    """The quantised products of one linear layer, and its weight in the form they need.
+    """The quantised products of one linear layer, or of one for each of a layer's experts.
 
     Args:
-        name: of the layer; with `seed` and the step it names the streams of random bits.
+        name: of the layer; with `seed`, the step and the number of the call it names the streams
+            of random bits.
     """
 
     def __init__(self, format: LinearFormat, *, name: str, seed: int) -> None:
         self.format, self.name, self.seed = format, name, seed
-        self._weights: dict[OperandFormat, ExactOperand] = {}
-        self._step = 0
-        self._calls = itertools.count()
+        self._weights: dict[tuple[OperandFormat, int], ExactOperand] = {}
+        self._step = self._calls = 0
 
     def new_step(self, step: int) -> None:
         """Call when the weight has changed, with the number of the step that now begins."""
         self._weights.clear()
-        self._step, self._calls = step, itertools.count()
+        self._step, self._calls = step, 0
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """y [..., O] = x [..., I] weight^T; the weight gradient accumulates in FP32."""
+        """y [..., O] = x [..., I] weight^T for weight [O, I]; its gradient accumulates in FP32."""
         return _Linear.apply(x, weight, self)
 
-    def weight(self, weight: Tensor, format: OperandFormat) -> ExactOperand:
-        """The quantised weight [O, I], made once per step."""
-        if format not in self._weights:
-            self._weights[format] = quantize_operand(weight.detach(), format)
-        return self._weights[format]
+    def grouped(self, x_RI: Tensor, weight: Tensor, rows_E: Tensor, count_E: Tensor) -> Tensor:
+        """y = x W_e^T for weight [E, O, I] and the rows_E[e] consecutive rows of each expert, of
+        which the first count_E[e] hold tokens; every expert is quantised by itself, y is 0 in
+        the other rows."""
+        return _GroupedLinear.apply(x_RI, weight, rows_E, count_E, self)
 
-    def quantize(
-        self, x_TC: Tensor, format: OperandFormat, operand: str, call: int
+    def next_call(self) -> int:
+        self._calls += 1
+        return self._calls
+
+    def fprop(self, x_TI: Tensor, weight: Tensor, *, expert: int, call: int) -> Tensor:
+        if (format := self.format.fprop) is None:
+            return x_TI @ weight.T
+        x = self._quantize(x_TI, format.left, "x", expert, call)
+        return product(x, _transposed(self._weight(weight, format.right, expert)))
+
+    def dgrad(self, dy_TO: Tensor, weight: Tensor, *, expert: int, call: int) -> Tensor:
+        if (format := self.format.dgrad) is None:
+            return dy_TO @ weight
+        dy = self._quantize(dy_TO, format.left, "dy", expert, call)
+        return product(dy, self._weight(weight, format.right, expert))
+
+    def wgrad(self, dy_TO: Tensor, x_TI: Tensor, *, expert: int, call: int) -> Tensor:
+        if (format := self.format.wgrad) is None:
+            return dy_TO.T @ x_TI
+        dy = self._quantize(dy_TO, format.left, "dy along tokens", expert, call)
+        return product(
+            _transposed(dy), self._quantize(x_TI, format.right, "x along tokens", expert, call)
+        )
+
+    def _weight(self, weight: Tensor, format: OperandFormat, expert: int) -> ExactOperand:
+        """The quantised weight [O, I], made once per step."""
+        if (found := self._weights.get((format, expert))) is None:
+            found = self._weights[format, expert] = quantize_operand(weight.detach(), format)
+        return found
+
+    def _quantize(
+        self, x_TC: Tensor, format: OperandFormat, operand: str, expert: int, call: int
     ) -> ExactOperand:
         key = None
         if format.stochastic:
-            key = stream_key(self.seed, self._step, self.name, operand, call)
+            key = stream_key(self.seed, self._step, self.name, operand, expert, call)
         return quantize_operand(x_TC, format, key=key)
 
 
@@ -81,33 +110,55 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, quantized):
         ctx.save_for_backward(x)
-        ctx.weight, ctx.quantized = weight, quantized
-        ctx.call = next(quantized._calls)
-        x_TI, format = x.flatten(0, -2), quantized.format.fprop
-        if format is None:
-            return x @ weight.T
-        left = quantized.quantize(x_TI, format.left, "x", ctx.call)
-        right = _transposed(quantized.weight(weight, format.right))
-        return product(left, right).view(*x.shape[:-1], -1)
+        ctx.weight, ctx.quantized, ctx.call = weight, quantized, quantized.next_call()
+        y_TO = quantized.fprop(x.flatten(0, -2), weight, expert=0, call=ctx.call)
+        return y_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        weight, quantized, call = ctx.weight, ctx.quantized, ctx.call
-        dy_TO, x_TI = dy.flatten(0, -2), x.flatten(0, -2)
+        dy_TO, stream = dy.flatten(0, -2), {"expert": 0, "call": ctx.call}
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            if format := quantized.format.dgrad:
-                left = quantized.quantize(dy_TO, format.left, "dy", call)
-                dx = product(left, quantized.weight(weight, format.right)).view_as(x)
-            else:
-                dx = dy @ weight
+            dx = ctx.quantized.dgrad(dy_TO, ctx.weight, **stream).view_as(x)
         if ctx.needs_input_grad[1]:
-            if format := quantized.format.wgrad:
-                left = quantized.quantize(dy_TO, format.left, "dy along tokens", call)
-                right = quantized.quantize(x_TI, format.right, "x along tokens", call)
-                dw = product(_transposed(left), right)
-            else:
-                dw = dy_TO.T @ x_TI
-            dw = deliver_grad(weight, dw)
+            dw = ctx.quantized.wgrad(dy_TO, x.flatten(0, -2), **stream)
+            dw = deliver_grad(ctx.weight, dw)
         return dx, dw, None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, rows_E, count_E, quantized):
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.quantized, ctx.call = weight, quantized, quantized.next_call()
+        ctx.rows = _token_rows(rows_E, count_E)
+        y = x.new_zeros(len(x), weight.shape[1])
+        for expert, rows in ctx.rows:
+            y[rows] = quantized.fprop(x[rows], weight[expert], expert=expert, call=ctx.call)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        weight, quantized = ctx.weight, ctx.quantized
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        dx = torch.zeros_like(x) if need_x else None
+        dw = torch.zeros_like(weight, requires_grad=False) if need_weight else None
+        for expert, rows in ctx.rows:
+            stream = {"expert": expert, "call": ctx.call}
+            if need_x:
+                dx[rows] = quantized.dgrad(dy[rows], weight[expert], **stream)
+            if need_weight:
+                dw[expert] = quantized.wgrad(dy[rows], x[rows], **stream)
+        return dx, deliver_grad(weight, dw) if need_weight else None, None, None, None
+
+
+def _token_rows(rows_E: Tensor, count_E: Tensor) -> list[tuple[int, slice]]:
+    """The rows that hold tokens, of every expert that has some."""
+    found, start = [], 0
+    for expert, (rows, count) in enumerate(zip(rows_E.tolist(), count_E.tolist(), strict=True)):
+        if count:
+            found.append((expert, slice(start, start + count)))
+        start += rows
+    return found

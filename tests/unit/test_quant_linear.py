@@ -100,12 +100,12 @@ def test_square_blocks_serve_both_uses_of_a_weight() -> None:
     weight = nn.Parameter(draw(32, 48))
     format = NEAREST.fprop.right
     assert format == NEAREST.dgrad.right
-    first = quantized.weight(weight, format)
-    assert quantized.weight(weight, format) is first
+    first = quantized._weight(weight, format, 0)
+    assert quantized._weight(weight, format, 0) is first
     with torch.no_grad():
         weight.mul_(2)
     quantized.new_step(1)
-    assert quantized.weight(weight, format).factor == 2 * first.factor
+    assert quantized._weight(weight, format, 0).factor == 2 * first.factor
 
 
 def test_stochastic_gradients_are_unbiased_and_repeat_by_step() -> None:
@@ -150,6 +150,30 @@ def test_weight_gradients_accumulate_in_fp32() -> None:
     assert weight.grad is None
     once = weight.main_grad / 2
     assert torch.equal(once.to(torch.bfloat16).float(), once)
+
+
+def test_every_expert_is_a_linear_of_its_own() -> None:
+    """Rows that hold no token take part in nothing; an expert without tokens has gradient 0."""
+    rows_E, count_E = torch.tensor([32, 0, 64, 32]), torch.tensor([20, 0, 64, 1])
+    x, dy = draw(128, 48, seed=1), draw(128, 40, seed=2)
+    weight = nn.Parameter(draw(4, 40, 48, seed=3))
+    leaf = x.clone().requires_grad_()
+    grouped = QuantizedLinear(NEAREST, name="experts", seed=0)
+    y = grouped.grouped(leaf, weight, rows_E, count_E)
+    y.backward(dy)
+    used = torch.zeros(128, dtype=torch.bool)
+    for expert, start, count in ((0, 0, 20), (2, 32, 64), (3, 96, 1)):
+        rows = slice(start, start + count)
+        used[rows] = True
+        own_x, own_w = x[rows].clone().requires_grad_(), nn.Parameter(weight[expert].detach())
+        own_y = QuantizedLinear(NEAREST, name="experts", seed=0)(own_x, own_w)
+        own_y.backward(dy[rows])
+        assert torch.equal(y[rows], own_y)
+        assert torch.equal(leaf.grad[rows], own_x.grad)
+        assert torch.equal(weight.grad[expert], own_w.grad)
+    assert not y[~used].any()
+    assert not leaf.grad[~used].any()
+    assert not weight.grad[1].any()
 
 
 def test_super_recipe_says_what_the_paper_says() -> None:
