@@ -8,7 +8,7 @@ from nemomodel.checkpoint.files import read_state
 from nemomodel.checkpoint.huggingface.folder import is_hf_folder, open_folder
 from nemomodel.checkpoint.weights import copy_checkpoint, copy_folder, find_checkpoint
 from nemomodel.config.load import parse_model
-from nemomodel.config.schema import ModelConfig
+from nemomodel.config.schema import ModelConfig, weight_format
 from nemomodel.model.nemotron import DTYPES, Nemotron
 
 
@@ -34,6 +34,9 @@ def load_model(
     else:
         step = find_checkpoint(path)
         config = read_state(step)["config"]
-        model = build(parse_model(config["model"], where=str(step)), config["precision"]["recipe"])
+        model = build(
+            parse_model(config["model"], where=str(step)),
+            weight_format(config["precision"]["recipe"]),
+        )
         copy_checkpoint(step, model)
     return model.eval()

@@ -162,11 +162,26 @@ class ParallelConfig:
     """Gather updated weights while the next forward pass runs; needs overlap_grad_reduce."""
 
 
+def weight_format(recipe: str) -> Literal["bf16", "fp32"]:
+    """Format of the weights in memory by precision.recipe."""
+    return "fp32" if recipe == "fp32" else "bf16"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    recipe: Literal["bf16", "fp32"] = "bf16"
-    """Format of weights and activations. Master weights, gradient accumulation and optimizer
-    state are FP32 in every recipe."""
+    recipe: Literal["bf16", "fp32", "nvfp4_super", "nvfp4", "mxfp8"] = "bf16"
+    """Format of weights and activations. The last three multiply quantised operands in linear
+    layers: as Nemotron 3 Super (NVFP4 but for the last layers, attention, latent projections and
+    MTP; Mamba's out_proj in MXFP8), or every linear of the backbone in one format; all else is
+    BF16. Master weights, gradient accumulation and optimizer state are FP32 in every recipe."""
+    bf16_last_layers: Annotated[int, Ge(0)] | None = None
+    """Blocks at the end of the backbone that are not quantised; none: the recipe's share, 15 % of
+    them for nvfp4_super."""
+
+    @property
+    def weights(self) -> Literal["bf16", "fp32"]:
+        """Format of the weights in memory."""
+        return weight_format(self.recipe)
 
 
 @dataclass(frozen=True, kw_only=True)

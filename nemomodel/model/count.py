@@ -263,7 +263,7 @@ def _memory_bytes(config: Config, parameters: int) -> dict[str, int]:
     BF16: 2 (weight) + 4 (FP32 main weight) + 4 (FP32 gradient) + 8 (two FP32 moments) = 18 bytes
     per parameter. FP32: the weight is its own main weight, 16 bytes.
     """
-    low_precision = config.precision.recipe == "bf16"
+    low_precision = config.precision.weights == "bf16"
     memory = {
         "weights": (2 if low_precision else 4) * parameters,
         "main_weights": (4 if low_precision else 0) * parameters,

@@ -8,6 +8,7 @@ from nemomodel.ops.activation import squared_relu
 from nemomodel.ops.linear import linear
 from nemomodel.ops.norm import rms_norm
 from nemomodel.ops.precision import wide
+from nemomodel.quant.linear import QuantizedLinear
 
 
 class Linear(nn.Module):
@@ -16,8 +17,11 @@ class Linear(nn.Module):
     def __init__(self, in_size: int, out_size: int, *, dtype: torch.dtype):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_size, in_size, dtype=dtype))
+        self.quantized: QuantizedLinear | None = None  # see model/quantize.py
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.quantized:
+            return self.quantized(x, self.weight)
         return linear(x, self.weight)
 
 

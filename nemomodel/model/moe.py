@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nemomodel.config.schema import MoeConfig
 from nemomodel.model.layers import MLP, CachedLinear, CachedMLP, Linear
 from nemomodel.model.past import Past
+from nemomodel.ops.activation import gated_squared_relu
 from nemomodel.ops.experts import (
     Permutation,
     add_copies,
@@ -18,6 +19,7 @@ from nemomodel.ops.experts import (
 )
 from nemomodel.ops.linear import linear_fp32
 from nemomodel.ops.precision import accumulator, wide
+from nemomodel.quant.linear import QuantizedLinear
 
 
 class Routing(NamedTuple):
@@ -98,9 +100,16 @@ class Experts(nn.Module):
         super().__init__()
         self.fc1 = nn.Parameter(torch.empty(num_experts, ffn_size, size, dtype=dtype))
         self.fc2 = nn.Parameter(torch.empty(num_experts, size, ffn_size, dtype=dtype))
+        # See model/quantize.py; a recipe has both or none.
+        self.quantized_fc1: QuantizedLinear | None = None
+        self.quantized_fc2: QuantizedLinear | None = None
 
-    def forward(self, z_RL: Tensor, gate_R: Tensor, rows_E: Tensor) -> Tensor:
-        return expert_mlp(z_RL, gate_R, self.fc1, self.fc2, rows_E)
+    def forward(self, z_RL: Tensor, gate_R: Tensor, order: Permutation) -> Tensor:
+        if self.quantized_fc1 is None or self.quantized_fc2 is None:
+            return expert_mlp(z_RL, gate_R, self.fc1, self.fc2, order.rows_E)
+        rows = order.rows_E, order.count_E
+        h_RF = gated_squared_relu(self.quantized_fc1.grouped(z_RL, self.fc1, *rows), gate_R)
+        return self.quantized_fc2.grouped(h_RF, self.fc2, *rows)
 
 
 class LatentMoE(nn.Module):
@@ -129,7 +138,7 @@ class LatentMoE(nn.Module):
         order = Permutation.by_expert(routing.expert_TK, num_experts, dtype=x_SBD.dtype)
         z_TL = self.latent_down(x_SBD).flatten(0, 1)
         gate_R = permute_gates(routing.gate_TK, order)
-        y_RL = self.experts(copy_tokens(z_TL, order), gate_R, order.rows_E)
+        y_RL = self.experts(copy_tokens(z_TL, order), gate_R, order)
         # latent_up is linear: projecting the sum once equals projecting every copy.
         y_TL = add_copies(y_RL, order)
         y_SBD = self.latent_up(y_TL.view(*x_SBD.shape[:2], -1)) + self.shared_expert(x_SBD)

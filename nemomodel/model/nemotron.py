@@ -17,7 +17,7 @@ from nemomodel.ops.linear import embedding
 from nemomodel.ops.loss import Targets, linear_cross_entropy
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""Format of weights and activations by precision.recipe."""
+"""Dtype of weights and activations by `PrecisionConfig.weights`."""
 
 
 class Losses(NamedTuple):
@@ -71,6 +71,7 @@ class Nemotron(nn.Module):
     ):
         super().__init__()
         self.config = config
+        self.quantization = None  # see quantize.py
         V, D = config.vocab_size, config.hidden_size
         self.embedding = Embedding(V, D, dtype=dtype)
         self.blocks = nn.ModuleList(

@@ -126,7 +126,7 @@ def transformer_config(config: Config) -> TransformerConfig:
 
     Only fields that process groups, data parallelism, pipeline and optimizer read.
     """
-    p, bf16 = config.parallel, config.precision.recipe == "bf16"
+    p, bf16 = config.parallel, config.precision.weights == "bf16"
     attention = config.model.attention
     return TransformerConfig(
         num_layers=len(config.model.layers),
@@ -213,7 +213,7 @@ def build_optimizer(
     ddp: DistributedDataParallel, config: Config, ranks: Ranks
 ) -> DistributedOptimizer:
     """AdamW with FP32 weights and moments, sharded over the data-parallel ranks."""
-    optim, bf16 = config.optim, config.precision.recipe == "bf16"
+    optim, bf16 = config.optim, config.precision.weights == "bf16"
     inner = torch.optim.AdamW(
         param_groups(ddp.module, config),
         lr=optim.lr,

@@ -22,6 +22,9 @@ class ProductFormat:
     left: OperandFormat
     right: OperandFormat
 
+    def __str__(self) -> str:
+        return f"{self.left} x {self.right}"
+
 
 @dataclass(frozen=True)
 class LinearFormat:
@@ -34,24 +37,34 @@ class LinearFormat:
     wgrad: ProductFormat | None
     """dy, x with blocks along the tokens."""
 
+    def __str__(self) -> str:
+        parts = {"fprop": self.fprop, "dgrad": self.dgrad, "wgrad": self.wgrad}
+        return "; ".join(f"{name} {format or 'BF16'}" for name, format in parts.items())
+
 
 class QuantizedLinear:
     """The quantised products of one linear layer, or of one for each of a layer's experts.
 
     Args:
-        name: of the layer; with `seed`, the step and the number of the call it names the streams
-            of random bits.
+        name: of the layer; with `seed`, the step, the micro-batch and the number of the call in it
+            it names the streams of random bits.
     """
 
     def __init__(self, format: LinearFormat, *, name: str, seed: int) -> None:
         self.format, self.name, self.seed = format, name, seed
         self._weights: dict[tuple[OperandFormat, int], ExactOperand] = {}
-        self._step = self._calls = 0
+        self._step = self._micro_batch = self._calls = 0
 
-    def new_step(self, step: int) -> None:
-        """Call when the weight has changed, with the number of the step that now begins."""
-        self._weights.clear()
-        self._step, self._calls = step, 0
+    def begin(self, step: int, micro_batch: int) -> None:
+        """Call before each forward pass.
+
+        Args:
+            step: the weight does not change within one.
+            micro_batch: number in the global batch, whatever rank has it.
+        """
+        if step != self._step:
+            self._weights.clear()
+        self._step, self._micro_batch, self._calls = step, micro_batch, 0
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """y [..., O] = x [..., I] weight^T for weight [O, I]; its gradient accumulates in FP32."""
@@ -98,7 +111,8 @@ class QuantizedLinear:
     ) -> ExactOperand:
         key = None
         if format.stochastic:
-            key = stream_key(self.seed, self._step, self.name, operand, expert, call)
+            place = self._step, self._micro_batch, self.name, operand, expert, call
+            key = stream_key(self.seed, *place)
         return quantize_operand(x_TC, format, key=key)
 
 

@@ -21,6 +21,7 @@ from nemomodel.data.token_bytes import token_bytes
 from nemomodel.model.count import describe
 from nemomodel.model.init import initialize
 from nemomodel.model.nemotron import DTYPES, Nemotron
+from nemomodel.model.quantize import Quantization
 from nemomodel.observe.environment import write_run_files
 from nemomodel.observe.logs import setup_logging
 from nemomodel.observe.peak import Peak, peak_flops
@@ -34,6 +35,7 @@ from nemomodel.parallel.mcore import (
     stop_ranks,
     wrap_ddp,
 )
+from nemomodel.quant.recipe import RECIPES
 from nemomodel.train.faults import EXIT_INTERRUPTED, NotFiniteError, StopRequest, stop_request
 from nemomodel.train.meter import Meter, expert_loads, losses_per_token
 from nemomodel.train.step import DeviceBatch, count_targets, forward_backward, update
@@ -86,8 +88,8 @@ def _run(config: Config, ranks: Ranks, data: TokenData, request: StopRequest) ->
             Path(config.run.dir), config=config_to_dict(config), tokenizer=data.tokenizer
         )
     # Measured on a CPU, so once: the log names the number that MFU is computed with.
-    peak = peak_flops(ranks.device, DTYPES[config.precision.recipe])
-    _announce(config, ranks, data, progress, peak)
+    peak = peak_flops(ranks.device, DTYPES[config.precision.weights])
+    _announce(config, ranks, data, progress, peak, engine.ddp.module.quantization)
     sinks = open_sinks(
         config.observe,
         Path(config.run.dir),
@@ -118,10 +120,16 @@ def build_engine(config: Config, ranks: Ranks) -> Engine:
     with ranks.device:
         model = Nemotron(
             config.model,
-            dtype=DTYPES[config.precision.recipe],
+            dtype=DTYPES[config.precision.weights],
             recompute=frozenset(LayerKind[name.upper()] for name in config.train.recompute),
         )
     initialize(model, seed=config.run.seed)
+    model.quantization = Quantization(
+        model,
+        RECIPES.get(config.precision.recipe),
+        last_layers=config.precision.bf16_last_layers,
+        seed=config.run.seed,
+    )
     ddp = wrap_ddp(model, config, ranks)
     optimizer = build_optimizer(ddp, config, ranks)
     return Engine(ddp, optimizer, build_scheduler(optimizer, config))
@@ -168,6 +176,7 @@ def _train(
                 ranks,
                 num_targets=num_targets,
                 num_sequences=train.global_batch_size,
+                step=step,
             )
             try:
                 grad_norm, count = update(losses, engine, ranks, step=step)
@@ -186,6 +195,8 @@ def _train(
         if data.has_validation and _due(step, train.validation_interval, train.steps):
             with meter.paused():
                 pieces = data.validation(dp_rank=ranks.dp_rank, dp_size=ranks.dp_size)
+                # The weights are those that the next step begins with.
+                engine.ddp.module.quantization.begin(step + 1, 0)
                 values |= validate(engine.ddp.module, pieces, ranks, token_bytes=bytes_V)
         if values:
             write_metrics(sinks, step, values)
@@ -236,7 +247,12 @@ def _run_folder(config: Config, ranks: Ranks) -> Iterator[None]:
 
 
 def _announce(
-    config: Config, ranks: Ranks, data: TokenData, progress: Progress, peak: Peak
+    config: Config,
+    ranks: Ranks,
+    data: TokenData,
+    progress: Progress,
+    peak: Peak,
+    quantization: Quantization,
 ) -> None:
     """What will run, one fact per line."""
     counts = describe(config)
@@ -254,6 +270,8 @@ def _announce(
         peak.flops,
         peak.source,
     )
+    for line in quantization.describe():
+        log.info("emulated: %s", line)
     for line in (*backend.describe(ranks.device), *data.describe()):
         log.info(line)
     if progress.step:

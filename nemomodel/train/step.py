@@ -53,12 +53,16 @@ def forward_backward(
     *,
     num_targets: Tensor,
     num_sequences: int,
+    step: int,
 ) -> Losses:
     """Accumulate the gradient of the global loss; returns the sums over this rank's batches."""
     ddp = engine.ddp
+    first = ranks.dp_rank * len(batches)
     ddp.zero_grad_buffer()
 
-    def one(batch: DeviceBatch) -> Losses:
+    def one(i: int) -> Losses:
+        batch = batches[i]
+        ddp.module.quantization.begin(step, first + i)
         losses = ddp.module.losses(
             batch.ids_BS,
             batch.labels_BS,
@@ -71,8 +75,8 @@ def forward_backward(
         return Losses(*(t.detach() for t in losses))
 
     with ddp.no_sync():
-        results = [one(batch) for batch in batches[:-1]]
-    results.append(one(batches[-1]))
+        results = [one(i) for i in range(len(batches) - 1)]
+    results.append(one(len(batches) - 1))
     ddp.finish_grad_sync()
     return Losses(*(torch.stack(parts).sum(0) for parts in zip(*results, strict=True)))
 

@@ -225,6 +225,7 @@ def backward(config: Config, engine: Engine, ranks: Ranks, step: int) -> Tensor:
         ranks,
         num_targets=num_targets,
         num_sequences=config.train.global_batch_size,
+        step=step + 1,
     )
     return num_targets
 

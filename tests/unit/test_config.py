@@ -157,7 +157,8 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
         ("optim.beta2=1", "optim.beta2=1: is not allowed; use a value below 1.0"),
         (
             "precision.recipe=fp8",
-            "precision.recipe=\"fp8\": is not allowed; use 'bf16' or 'fp32'",
+            'precision.recipe="fp8": is not allowed; '
+            "use 'bf16', 'fp32', 'nvfp4_super', 'nvfp4' or 'mxfp8'",
         ),
         ("train.recompute=moe", 'train.recompute="moe": is not allowed; use a list'),
         (
@@ -268,6 +269,11 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
             "data.validation is given without data.train; give both or neither",
         ),
         (
+            "precision.bf16_last_layers=2",
+            "precision.bf16_last_layers=2 has no effect with precision.recipe='fp32'; "
+            "remove it, or use a recipe that quantises",
+        ),
+        (
             "data.tokenizer=a.json",
             "data.tokenizer='a.json' has no effect: the embedded corpus trains its own; "
             "give data.train, or remove it",
@@ -281,6 +287,13 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
 )
 def test_a_wrong_value_is_the_one_problem_named(override: str, problem: str) -> None:
     assert problems(override) == [problem]
+
+
+def test_a_recipe_that_quantises_nothing_is_refused() -> None:
+    assert problems("precision.recipe=nvfp4", "precision.bf16_last_layers=6") == [
+        "precision.bf16_last_layers=6 leaves no layer of the 6 of model.layer_pattern to "
+        "quantise; use at most 5, or precision.recipe='bf16'"
+    ]
 
 
 @pytest.mark.parametrize(

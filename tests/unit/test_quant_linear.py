@@ -104,7 +104,7 @@ def test_square_blocks_serve_both_uses_of_a_weight() -> None:
     assert quantized._weight(weight, format, 0) is first
     with torch.no_grad():
         weight.mul_(2)
-    quantized.new_step(1)
+    quantized.begin(1, 0)
     assert quantized._weight(weight, format, 0).factor == 2 * first.factor
 
 
@@ -113,7 +113,7 @@ def test_stochastic_gradients_are_unbiased_and_repeat_by_step() -> None:
     x, weight, dy = draw(32, 48, seed=1), nn.Parameter(draw(64, 48, seed=2)), draw(32, 64, seed=3)
 
     def gradient(quantized: QuantizedLinear, step: int) -> Tensor:
-        quantized.new_step(step)
+        quantized.begin(step, 0)
         leaf = x.clone().requires_grad_()
         quantized(leaf, weight).backward(dy)
         return leaf.grad.double()

@@ -20,6 +20,7 @@ from nemomodel.checkpoint.huggingface.names import Entry, Piece, plan, without_p
 from nemomodel.checkpoint.huggingface.side_files import find_carried, find_tokenizer, num_tokens
 from nemomodel.checkpoint.weights import find_checkpoint
 from nemomodel.config.load import parse_model
+from nemomodel.config.schema import weight_format
 from nemomodel.model.nemotron import DTYPES
 
 
@@ -50,7 +51,7 @@ class Checkpoint:
         self._reader = SafeReader(self.path)
         config = read_state(self.path)["config"]
         self.model = parse_model(config["model"], where=str(self.path))
-        self.recipe = config["precision"]["recipe"]
+        self.recipe = weight_format(config["precision"]["recipe"])
         self.seq_length = config.get("train", {}).get("seq_length")
         self.entries = plan(self.model, dtype=DTYPES[self.recipe])
         self._check()
