@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             write_json(args.json, result)
         return 0
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, CheckpointError, FileNotFoundError, IsADirectoryError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return USER_ERROR
     except OSError as error:
@@ -303,10 +303,9 @@ def load_model(args: argparse.Namespace) -> "Nemotron":
 def set_up_torch(args: argparse.Namespace) -> None:
     import torch
 
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device={args.device}: {str(error).splitlines()[0]}") from None
+    from nemomodel.infer.loading import check_device
+
+    check_device(args.device)
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads={args.threads}: must be at least 1")

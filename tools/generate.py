@@ -30,11 +30,13 @@ COMPARISONS = 3
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    from nemomodel.checkpoint.files import CheckpointError
+
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"generate: {message}", file=sys.stderr)
         try:
             return run(args)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, CheckpointError) as error:
             print(f"generate: {error}", file=sys.stderr)
             return USER_ERROR
         except KeyboardInterrupt:
@@ -56,7 +58,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--draft-length", type=int, default=0, metavar="K", help="tokens the MTP heads draft")
     add("--compare", action="store_true", help="also run without drafts and print the speed-up")
-    add("--dtype", choices=["bf16", "fp32", "fp64"], help="default: that of the checkpoint")
+    add("--dtype", choices=["bfloat16", "float32", "float64"], help="default: that of PATH")
     add("--device", default="cpu")
     add("--threads", type=int, help="CPU threads")
     add("--json", action="store_true", help="one JSON line per prompt in place of the text")
@@ -78,25 +80,27 @@ class Result:
 
 def run(args: argparse.Namespace) -> int:
     from nemomodel.infer.generate import Sampling, generate
+    from nemomodel.infer.loading import check_device, read_text
 
     if not Path(args.path).exists():
         raise ValueError(f"{args.path}: no such folder")
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    prompts = [*args.prompt, *(file.read_text(encoding="utf-8") for file in args.prompt_file)]
+    prompts = [*args.prompt, *map(read_text, args.prompt_file)]
     prompts = prompts or [sys.stdin.read()]
 
     import torch
 
     import nemomodel
 
+    check_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     tokenizer, stop_ids = load_tokenizer(args)
     prompt_ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     if "" in prompts or [] in prompt_ids:
         raise ValueError("--prompt: it is empty; give some text to continue")
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-    model = nemomodel.load_model(args.path, dtype=dtypes.get(args.dtype), device=args.device)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    model = nemomodel.load_model(args.path, dtype=dtype, device=args.device)
 
     def decode(ids: list[int], draft_length: int, on_token: "OnToken | None") -> "Generation":
         (generation,) = generate(

@@ -186,7 +186,7 @@ def _check(
         )
     if mtp is not None and draft_length > mtp.num_depths:
         warnings.warn(
-            f"draft_length={draft_length} is more than the {mtp.num_depths} MTP depths the model "
-            "was trained with; its last block is applied further",
+            f"draft_length={draft_length} is more than model.mtp.num_depths={mtp.num_depths}; "
+            "the last MTP block is applied further",
             stacklevel=3,
         )

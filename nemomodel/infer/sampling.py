@@ -94,7 +94,9 @@ class Drawn:
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """Distribution over the last dimension, float64; temperature is not 0."""
-    p = (logits.double() / sampling.temperature).softmax(-1)
+    logits = logits.double()
+    # The largest becomes 0 first: divided by a tiny temperature it would overflow.
+    p = ((logits - logits.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1)
     if sampling.top_p == 1:
         return p
     ordered, index = p.sort(-1, descending=True)

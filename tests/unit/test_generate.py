@@ -261,3 +261,12 @@ def test_drafts_without_mtp_are_refused() -> None:
 def test_sampling_out_of_range_is_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**values)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e300])
+def test_temperatures_at_the_ends_of_the_range(temperature: float) -> None:
+    """Towards 0 the most likely tokens remain, towards infinity all are as likely."""
+    logits_V = torch.tensor([3.0, -2.0, 3.0, 1.0])
+    p_V = probabilities(logits_V, Sampling(temperature))
+    expected = [0.5, 0, 0.5, 0] if temperature < 1 else [0.25] * 4
+    assert p_V.tolist() == pytest.approx(expected)

@@ -1,6 +1,7 @@
 """tools/generate.py and the text it streams."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,8 @@ def test_text_goes_to_standard_output_and_statistics_to_standard_error(
     assert "tokens/s; acceptance length" in error
     assert "accepted at draft position" in error
     assert "outputs are identical" in error
-    assert "draft_length=2 is more than the 1 MTP depths" in error
-    assert error.count("MTP depths") == 1
+    assert "draft_length=2 is more than model.mtp.num_depths=1" in error
+    assert error.count("num_depths") == 1
 
 
 def test_prompts_come_from_files_or_standard_input(
@@ -86,6 +87,9 @@ FAULTS = {
     "no-prompt-file": (["{folder}", "--prompt-file", "nowhere.txt"], "nowhere.txt"),
     "no-tokenizer": (["{empty}", "--prompt", "x"], "holds no tokenizer.json; give --tokenizer"),
     "temperature": (["{folder}", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
+    "device": (["{folder}", "--prompt", "x", "--device", "nowhere"], "--device=nowhere: "),
+    "prompt-file": (["{folder}", "--prompt-file", "{damaged}/latin"], "latin: 'utf-8' codec"),
+    "checkpoint": (["{damaged}", "--prompt", "x"], "damaged: no checkpoint here"),
     "drafts": (["{folder}", "--prompt", "x", "--draft-length", "99"], "draft_length=99"),
 }
 
@@ -98,7 +102,12 @@ def test_mistakes_are_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    filled = [argument.format(folder=folder, empty=tmp_path) for argument in arguments]
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    for weights in damaged.glob("model*.safetensors*"):
+        weights.unlink()
+    (damaged / "latin").write_bytes(b"\xe9t\xe9")
+    filled = [a.format(folder=folder, empty=tmp_path, damaged=damaged) for a in arguments]
     assert main(filled) == 2
     out, error = capsys.readouterr()
     assert out == ""
