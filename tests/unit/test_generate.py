@@ -49,7 +49,7 @@ def test_more_drafts_than_depths_are_announced_and_lossless() -> None:
     model, prompts = model_of(MODEL), draw_prompts()
     plain = generate(model, prompts, max_new_tokens=25)
     for draft_length in (4, MAX_DRAFT_LENGTH):
-        with pytest.warns(UserWarning, match=f"draft_length={draft_length} is more than the 2"):
+        with pytest.warns(UserWarning, match=f"draft_length={draft_length} is more than"):
             drafted = generate(model, prompts, max_new_tokens=25, draft_length=draft_length)
         assert [r.tokens for r in drafted] == [r.tokens for r in plain]
 
