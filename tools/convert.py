@@ -127,6 +127,8 @@ def run_export(args: argparse.Namespace) -> int:
         f"{args.target}: {done.num_tensors:,} tensors, {done.num_bytes:,} bytes, "
         f"{done.num_shards} file{'s' if done.num_shards > 1 else ''}"
     )
+    if done.own_tokenizer:
+        print("tokenizer, end tokens: those of the run; none of what it started from")
     if done.rounded:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in done.rounded})
         print(f"rounded to BF16: {len(done.rounded):,} FP32 tensors ({', '.join(kinds)})")

@@ -190,6 +190,52 @@ def test_export_of_a_run_is_a_folder_transformers_can_talk_with(
     assert all(torch.equal(value, expected[name]) for name, value in read_all(back).items())
 
 
+def test_export_ships_the_tokenizer_the_run_was_trained_with(
+    folder: Path,
+    convert: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    make_run(folder, run, convert)
+    own = (run / "tokenizer.json").read_text()
+    (run / "hf").mkdir()
+    shutil.copy(folder / "config.json", run / "hf")
+    (run / "hf/LICENSE").write_text("free")
+    before = {
+        "tokenizer.json": '{"model": {"vocab": {"a": 5, "</s>": 9}}, "added_tokens": []}',
+        "tokenizer_config.json": '{"eos_token": "</s>"}',
+        "generation_config.json": '{"eos_token_id": 9, "bos_token_id": 5}',
+        **dict.fromkeys(("special_tokens_map.json", "vocab.json", "tokenizer.model"), "{}"),
+    }
+    for name, text in before.items():
+        (run / "hf" / name).write_text(text)
+    change_json(run / "hf/config.json", lambda raw: raw.update(bos_token_id=5, rope_theta=7))
+    assert end_token_ids(run) == [0]
+    assert convert("export", run, tmp_path / "own") == 0
+    assert "tokenizer, end tokens: those of the run" in capsys.readouterr().out
+    found = tmp_path / "own"
+    assert {n for n in names(found) if not n.startswith("model")} == {
+        *("config.json", "generation_config.json", "LICENSE"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    assert (found / "tokenizer.json").read_text() == own
+    assert json.loads((found / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
+    config = json.loads((found / "config.json").read_text())
+    assert (config["eos_token_id"], config["pad_token_id"], config["bos_token_id"]) == (0, 0, None)
+    assert config["rope_theta"] == 7
+    assert json.loads((found / "generation_config.json").read_text())["eos_token_id"] == 0
+
+    # The same tokenizer, saved with other spaces: everything else about it holds.
+    (run / "hf/tokenizer.json").write_text(json.dumps(json.loads(own), indent=4))
+    assert convert("export", run, tmp_path / "same") == 0
+    assert "tokenizer, end tokens" not in capsys.readouterr().out
+    assert end_token_ids(run) == [9]
+    assert (tmp_path / "same/vocab.json").exists()
+    text = (tmp_path / "same/generation_config.json").read_text()
+    assert text == before["generation_config.json"]
+
+
 def test_padding_is_removed(folder: Path, convert: Callable[..., int], tmp_path: Path) -> None:
     checkpoint, expected = tmp_path / "ckpt", read_all(folder)
     assert convert("import", folder, checkpoint) == 0

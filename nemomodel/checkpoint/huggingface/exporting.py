@@ -25,6 +25,7 @@ from nemomodel.checkpoint.huggingface.side_files import (
     copy_carried,
     end_token_ids,
     find_tokenizer,
+    has_own_tokenizer,
     tokenizer_config,
 )
 from nemomodel.checkpoint.huggingface.source import Checkpoint
@@ -44,6 +45,8 @@ class Exported:
     num_shards: int
     rounded: list[str]
     """Published names of FP32 parameters whose values BF16 does not hold."""
+    own_tokenizer: bool
+    """The tokenizer of the run is there, and none of the folder that the run started from."""
 
 
 def export_checkpoint(
@@ -76,7 +79,7 @@ def export_checkpoint(
         checkpoint.model,
         vocab_size=checkpoint.vocab_size,
         dtype=str(dtype).removeprefix("torch."),
-        carried=checkpoint.original_config or _own_ids(checkpoint),
+        carried=checkpoint.original_config | _own_ids(checkpoint),
     )
     shards = list(plan_shards(checkpoint.entries, dtype=dtype, shard_bytes=shard_bytes))
     num_bytes = sum(_num_bytes(shard, dtype) for shard in shards)
@@ -84,7 +87,8 @@ def export_checkpoint(
         rounded = _write_tensors(checkpoint, shards, partial, dtype=dtype, num_bytes=num_bytes)
         _write_side_files(checkpoint, config, partial)
         _sync_files(partial)
-    return Exported(sum(map(len, shards)), num_bytes, len(shards), rounded)
+    own = has_own_tokenizer(checkpoint.path)
+    return Exported(sum(map(len, shards)), num_bytes, len(shards), rounded, own)
 
 
 def published_dtype(piece: Piece, dtype: torch.dtype) -> torch.dtype:
@@ -145,7 +149,8 @@ def _write_tensors(
 
 def _write_side_files(checkpoint: Checkpoint, config: dict[str, Any], partial: Path) -> None:
     if checkpoint.carried:
-        copy_carried(checkpoint.carried, partial)
+        own = has_own_tokenizer(checkpoint.path)
+        copy_carried(checkpoint.carried, partial, of_tokenizer=not own)
     tokenizer = find_tokenizer(checkpoint.path)
     if tokenizer and not (partial / TOKENIZER).exists():
         shutil.copyfile(tokenizer, partial / TOKENIZER)
@@ -160,11 +165,13 @@ def _write_side_files(checkpoint: Checkpoint, config: dict[str, Any], partial: P
 
 
 def _own_ids(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What config.json says beside the model, for a model that was trained here."""
+    """What config.json says beside the model, for a model that was trained on our own tokens."""
+    if checkpoint.original_config and not has_own_tokenizer(checkpoint.path):
+        return {}
     ends = end_token_ids(checkpoint.path)
     end = ends[0] if ends else None
     ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
-    if checkpoint.seq_length:
+    if checkpoint.seq_length and not checkpoint.original_config:
         ids["max_position_embeddings"] = checkpoint.seq_length
     return ids
 

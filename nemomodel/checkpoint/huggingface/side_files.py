@@ -20,18 +20,34 @@ CARRIED = "hf"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
-# Files of a tokenizer and of the chat format. No code, no weights.
-_NAMES = re.compile(
+# No code, no weights. These speak of the tokens of one tokenizer.
+_OF_TOKENIZER = re.compile(
     r"tokenizer(_config)?\.(json|model)|tokenizer\.model(\.v\d+)?|special_tokens_map\.json"
     r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)"
-    r"|(generation_)?config\.json|(LICENSE|NOTICE)(\.\w+)?"
+    r"|generation_config\.json"
 )
+_OTHERS = re.compile(r"config\.json|(LICENSE|NOTICE)(\.\w+)?")
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
 def find_tokenizer(path: Path | str) -> Path | None:
     """tokenizer.json of a run folder, step folder, imported checkpoint or Hugging Face folder."""
     return next((f / TOKENIZER for f in _folders(Path(path)) if (f / TOKENIZER).is_file()), None)
+
+
+def has_own_tokenizer(path: Path | str) -> bool:
+    """Whether a run was trained with another tokenizer than the folder that it started from.
+
+    Then nothing that folder says about tokens holds. `path` is as for `find_tokenizer`.
+    """
+    carried, tokenizer = find_carried(path), find_tokenizer(path)
+    if carried is None or tokenizer is None or tokenizer.parent == carried:
+        return False
+    before = carried / TOKENIZER
+    # As JSON: the same tokenizer saved by another tool may differ in its spaces.
+    return not before.is_file() or read_json(carried, TOKENIZER) != read_json(
+        tokenizer.parent, TOKENIZER
+    )
 
 
 def find_carried(path: Path | str) -> Path | None:
@@ -44,10 +60,12 @@ def end_token_ids(path: Path | str) -> list[int]:
     """Ids of the tokens that end a text; empty when nothing says so.
 
     What generation_config.json says counts, else config.json, else the well-known end tokens of
-    tokenizer.json. `path` is as for `find_tokenizer`.
+    tokenizer.json. Of a run with its own tokenizer only that counts. `path` is as for
+    `find_tokenizer`.
     """
+    folders = [] if has_own_tokenizer(path) else _folders(Path(path))
     for name in (GENERATION, CONFIG):
-        for folder in _folders(Path(path)):
+        for folder in folders:
             if (folder / name).is_file():
                 ids = read_json(folder, name).get("eos_token_id")
                 if ids is not None:
@@ -67,13 +85,17 @@ def num_tokens(tokenizer: Path) -> int:
     return max(_vocab(tokenizer).values(), default=-1) + 1
 
 
-def copy_carried(source: Path, target: Path) -> list[str]:
+def copy_carried(source: Path, target: Path, *, of_tokenizer: bool = True) -> list[str]:
     """Copy the known small files of a folder; returns their names.
+
+    Args:
+        of_tokenizer: also those that speak of tokens.
 
     Raises:
         CheckpointError: one of them is a link that leads out of the folder.
     """
-    names = sorted(path.name for path in source.iterdir() if _NAMES.fullmatch(path.name))
+    patterns = [_OTHERS, _OF_TOKENIZER] if of_tokenizer else [_OTHERS]
+    names = sorted(p.name for p in source.iterdir() if any(n.fullmatch(p.name) for n in patterns))
     for name in names:
         shutil.copyfile(contained(source, name), target / name)
     return names
