@@ -10,10 +10,11 @@ A and B are either kind. Weights are streamed: memory is that of about one layer
 appears when it is complete, or not at all.
 
 exit codes: 0 done, verify: equal; 1 verify: different, or a file could not be read or written;
-2 bad input, nothing was written
+2 bad input, nothing was written; 130, 143 interrupted, nothing was written
 """
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -26,20 +27,33 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     # A terminated conversion cleans up like an interrupted one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return run(args)
+    except SystemExit as end:
+        print("convert: terminated; nothing was written", file=sys.stderr)
+        return int(end.code)
+    except KeyboardInterrupt:
+        print("convert: interrupted; nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output, e.g. `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"convert: {error}; nothing was written", file=sys.stderr)
+        return 1
+
+
+def run(args: argparse.Namespace) -> int:
     from nemomodel.checkpoint.files import CheckpointError
     from nemomodel.config.load import ConfigError
 
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except (CheckpointError, ConfigError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"convert: {error}; nothing was written", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("convert: interrupted; nothing was written", file=sys.stderr)
-        return 128 + signal.SIGINT
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

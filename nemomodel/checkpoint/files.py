@@ -184,6 +184,10 @@ def read_tensors(
 
     Args:
         reader: of this folder; it spares many calls reading the index again.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+        KeyboardInterrupt, SystemExit: what interrupted the reading.
     """
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
@@ -193,7 +197,12 @@ def read_tensors(
                 tensors, storage_reader=reader or SafeReader(folder), planner=planner, no_dist=True
             )
         except CheckpointException as error:  # a BaseException, which nobody expects
-            raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+            causes = [cause for cause, _ in error.failures.values()]
+            for cause in causes:
+                if not isinstance(cause, Exception):  # Ctrl-C, or a handler that ends the process
+                    raise cause from None
+            reasons = "; ".join(_reason(cause) for cause in causes)
+            raise CheckpointError(f"{folder}: cannot be read: {reasons}") from error
 
 
 def saved_shapes(folder: Path) -> dict[str, list[int]]:

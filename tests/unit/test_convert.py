@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import tomllib
@@ -19,12 +20,14 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from torch.distributed.checkpoint import DefaultLoadPlanner
 
 import nemomodel
 from nemomodel.checkpoint.files import MANIFEST, describe_file
 from nemomodel.checkpoint.huggingface import progress
 from nemomodel.checkpoint.huggingface.folder import INDEX, open_folder
 from nemomodel.checkpoint.huggingface.side_files import end_token_ids, find_tokenizer
+from nemomodel.checkpoint.huggingface.tensor_files import Stored
 from nemomodel.config.load import parse_model
 from nemomodel.data.tokenizer import train_tokenizer
 from tests.conftest import fork_safely
@@ -407,34 +410,48 @@ def job(
     return ["export", tmp_path / "ckpt", tmp_path / "new", "--shard-size", "40KB"]
 
 
-def _interrupt(kind: type[BaseException]) -> Callable[..., None]:
-    """Stands in for the progress bar: stops after some tensors."""
-    calls = iter(range(1_000))
+def _signal_itself(number: signal.Signals) -> Callable[..., None]:
+    """Stands in for the progress bar or a read: the process gets a signal there."""
 
-    def advance(*_: object) -> None:
-        if next(calls) == 20:
-            raise kind
+    def receive(*_: object) -> None:
+        signal.raise_signal(number)
 
-    return advance
+    return receive
 
 
-@pytest.mark.parametrize(("kind", "code"), [(KeyboardInterrupt, 130), (SystemExit, None)])
+@pytest.mark.parametrize("where", ["between tensors", "within a read"])
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
 def test_interrupted_conversion_leaves_nothing(
     job: list[object],
     convert: Callable[..., int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    kind: type[BaseException],
-    code: int | None,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    words: str,
+    where: str,
 ) -> None:
     before = names(tmp_path)
-    monkeypatch.setattr(progress.ByteProgress, "advance", _interrupt(kind))
-    if code is None:
-        with pytest.raises(SystemExit):
-            convert(*job)
+    capsys.readouterr()
+    if where == "between tensors":
+        monkeypatch.setattr(progress.ByteProgress, "advance", _signal_itself(number))
+    elif job[0] == "import":
+        monkeypatch.setattr(Stored, "read", _signal_itself(number))
     else:
-        assert convert(*job) == code
+        monkeypatch.setattr(DefaultLoadPlanner, "resolve_tensor", _signal_itself(number))
+    assert convert(*job) == 128 + number
+    assert capsys.readouterr().err == f"convert: {words}; nothing was written\n"
     assert names(tmp_path) == before
+
+
+def test_output_that_nobody_reads_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} tools/convert.py plan configs/nano_30b.toml --names | head -n 1"
+    shell = ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    assert done.stdout == "backbone.embeddings.weight BF16 [131072, 2688]\n"
 
 
 def _work_slowly(_: int, arguments: list[str], started: Path) -> None:
