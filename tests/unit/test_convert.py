@@ -489,6 +489,36 @@ def test_killed_conversion_leaves_nothing_under_its_name(
     assert names(tmp_path) == before | {"new"}
 
 
+@pytest.mark.parametrize("kind", ["folder", "link", "dangling link", "file"])
+def test_what_has_the_name_of_the_hidden_folder_is_left_alone(
+    folder: Path,
+    convert: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    precious, hidden = tmp_path / "precious", tmp_path / ".new.partial"
+    precious.mkdir()
+    (precious / "config.json").write_text("x")
+    match kind:
+        case "folder":
+            precious.rename(hidden)
+        case "link":
+            hidden.symlink_to(precious)
+        case "dangling link":
+            hidden.symlink_to("nowhere")
+        case "file":
+            hidden.write_text("x")
+    before = names(tmp_path)
+    assert convert("import", folder, tmp_path / "new") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"convert: {hidden}: ")
+    assert error.endswith("move it away\n")
+    assert names(tmp_path) == before
+    if kind in ("folder", "link"):
+        assert (hidden / "config.json").read_text() == "x"
+
+
 def test_two_conversions_to_one_place(
     job: list[object],
     convert: Callable[..., int],

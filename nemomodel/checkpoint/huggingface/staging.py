@@ -12,6 +12,9 @@ from nemomodel.checkpoint.files import CheckpointError, sync_folder
 SPARE_BYTES = 50_000_000
 """For the files beside the weights."""
 
+MARKER = "unfinished-conversion"
+"""A file in every hidden folder of ours. What has none is never emptied."""
+
 
 @contextmanager
 def new_folder(target: Path, *, num_bytes: int) -> Iterator[Path]:
@@ -21,26 +24,26 @@ def new_folder(target: Path, *, num_bytes: int) -> Iterator[Path]:
     target at the same time is refused.
 
     Raises:
-        CheckpointError: `target` exists, is being written, or the disk has no room for
-            `num_bytes`.
+        CheckpointError: `target` exists, is being written, the disk has no room for `num_bytes`,
+            or something that is not ours has the name of the hidden folder.
     """
     refuse_existing(target)
     partial = target.with_name(f".{target.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+    lock = _open(partial)
     try:
         _lock(lock, target)
         _empty(partial)
         try:
             _check_room(partial, num_bytes)
-            yield partial
-            sync_folder(partial)
+            content = partial / target.name
+            content.mkdir()
+            yield content
+            sync_folder(content)
             refuse_existing(target)
-            partial.rename(target)
+            content.rename(target)
             sync_folder(target.parent)
-        except BaseException:
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
     finally:
         os.close(lock)
 
@@ -50,6 +53,14 @@ def refuse_existing(target: Path) -> None:
         raise CheckpointError(f"{target}: exists; name a folder that does not")
 
 
+def _open(partial: Path) -> int:
+    """A descriptor of the hidden folder, which is made if nothing has its name."""
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise CheckpointError(f"{partial}: is no folder of a conversion; move it away")
+    partial.mkdir(parents=True, exist_ok=True)
+    return os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+
 def _lock(descriptor: int, target: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,8 +68,17 @@ def _lock(descriptor: int, target: Path) -> None:
         raise CheckpointError(f"{target}: another process is writing it") from None
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
+def _empty(partial: Path) -> None:
+    """Remove what a killed conversion left; the marker stays, or is made."""
+    found = list(partial.iterdir())
+    if found and not (partial / MARKER).is_file():
+        raise CheckpointError(
+            f"{partial}: holds {found[0].name}, which no conversion left there; move it away"
+        )
+    (partial / MARKER).touch()
+    for path in found:
+        if path.name == MARKER:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
