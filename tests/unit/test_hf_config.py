@@ -106,6 +106,8 @@ def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
         {"time_step_limit": [0.0, float("inf")]},
         {"time_step_limit": [0, "Infinity"]},
         {"conv_kernel": ..., "layer_norm_epsilon": ..., "norm_topk_prob": ...},
+        {"scoring_func": "sigmoid", "logits_scaling": 1.0, "first_k_dense_replace": 0},
+        {"rms_norm_eps": 1e-5, "architectures": ["NemotronHModel"], "some_new_key": [3]},
         {"num_hidden_layers": None, "mtp_layers_block_type": ["attention", "moe"]},
         {key: ... for key in FIXED if key != "model_type"},
     ],
@@ -154,6 +156,20 @@ def test_no_mtp(none: object) -> None:
         ({"hybrid_override_pattern": ...}, "hybrid_override_pattern: missing"),
         ({"hybrid_override_pattern": "MEX", "num_hidden_layers": 3}, "unknown letter(s) X"),
         ({"hybrid_override_pattern": "ME*-ME/E"}, "its MTP parts are not *E"),
+        ({"hybrid_override_pattern": 7}, "hybrid_override_pattern=7: is not a string"),
+        ({"mtp_hybrid_override_pattern": ["E"]}, 'mtp_hybrid_override_pattern=["E"]: is not a'),
+        ({"layers_block_type": "ME*-ME"}, 'layers_block_type="ME*-ME": is not a list'),
+        ({"mtp_layers_block_type": {}}, "mtp_layers_block_type={}: is not a list"),
+        ({"architectures": ["LlamaForCausalLM"]}, "NemotronHForCausalLM is what can be read"),
+        ({"architectures": "NemotronHForCausalLM"}, "NemotronHForCausalLM is what can be read"),
+        ({"hidden_size": 2**31}, "hidden_size=2147483648: at most 1048576 can be read"),
+        ({"n_routed_experts": 2**20}, "n_routed_experts=1048576: at most 65536 can be read"),
+        ({"num_nextn_predict_layers": 65}, "num_nextn_predict_layers=65: at most 64 can be"),
+        ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor=nan: is not finite"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06: asks for what this model does not have"),
+        ({"scoring_func": "softmax"}, 'scoring_func="softmax": asks for what'),
+        ({"logits_scaling": 2.0}, "logits_scaling=2.0: asks for what"),
+        ({"first_k_dense_replace": 3}, "first_k_dense_replace=3: asks for what"),
         ({"num_local_experts": 9}, "num_local_experts=9: n_routed_experts is 8"),
         ({"hidden_size": ..., "mamba_num_heads": ...}, "hidden_size: missing\n  mamba_num_heads"),
         ({"hidden_size": "wide"}, 'model.hidden_size="wide": is not allowed; use a whole number'),
@@ -166,6 +182,15 @@ def test_what_the_model_cannot_be_is_refused(changes: dict[str, object], message
         model_config(base(**changes), where="folder/config.json")
     assert str(error.value).startswith("folder/config.json: ")
     assert message in str(error.value)
+
+
+def test_what_is_no_json_is_not_written() -> None:
+    carried = PUBLISHED | {"a": float("inf"), "b": [{"c": float("nan")}], "d": [1.5]}
+    model = load_config("configs/tiny.toml").model
+    raw = config_json(model, vocab_size=8, dtype="bfloat16", carried=carried)
+    assert raw["d"] == [1.5]
+    assert not raw.keys() & {"a", "b"}
+    json.dumps(raw, allow_nan=False)
 
 
 def test_a_clamp_cannot_be_exported() -> None:

@@ -103,12 +103,41 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(folder: Path) -> Non
     ]
 
 
-def test_a_config_of_another_model_lists_the_first_of_many(folder: Path) -> None:
+def test_a_config_of_another_model_lists_every_tensor(folder: Path) -> None:
     change_json(folder / "config.json", lambda raw: raw.update(hidden_size=64))
     lines = refusal(folder).split("\n  ")
     assert lines[1] == "backbone.embeddings.weight: has [97, 48], the model needs [97, 64]"
-    assert len(lines) == 22
-    assert lines[-1].startswith("... and ")
+    # 48 is the width of the model and of nothing else.
+    found = open_tensors(folder)
+    wrong = {name for name, shape in found.items() if 48 in shape}
+    assert f": {len(wrong)} problems" in lines[0]
+    assert {line.split(":")[0] for line in lines[1:]} == wrong
+
+
+def open_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(t.shape) for file in FILES for n, t in load_file(folder / file).items()}
+
+
+def test_experts_share_a_line_and_nothing_else_is_left_out(folder: Path) -> None:
+    experts = "backbone.layers.1.mixer.experts"
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for number in (0, 1, 2, 5):
+            del tensors[f"{experts}.{number}.up_proj.weight"]
+        tensors[f"{experts}.3.up_proj.weight"] = torch.zeros(2).bfloat16()
+        for number in range(8, 58):
+            tensors[f"{experts}.{number}.up_proj.weight"] = torch.zeros(2).bfloat16()
+        tensors |= {f"backbone.x{i}": torch.zeros(1).bfloat16() for i in range(30)}
+
+    change_tensors(folder, change)
+    lines = refusal(folder).split("\n  ")
+    assert lines[0].endswith(": 85 problems")
+    assert lines[1:4] == [
+        f"{experts}.{{0..2,5}}.up_proj.weight: missing, the model needs [24, 20] (4 tensors)",
+        f"{experts}.3.up_proj.weight: has [2], the model needs [24, 20]",
+        f"{experts}.{{8..57}}.up_proj.weight: extra, the model has no such tensor (50 tensors)",
+    ]
+    assert len(lines) == 4 + 30
 
 
 def test_mtp_that_transformers_dropped_is_explained(folder: Path) -> None:
@@ -218,7 +247,7 @@ ENTRY = '{"dtype":"F32","shape":[%s],"data_offsets":[%s]}'
         (header_of("[1]"), "no object of names"),
         (header_of("[" * 100_000), "the header is not readable"),
         (header_of('{"a":1}'), "the header entry of a is not readable"),
-        (header_of('{"a":' + ENTRY % ("2", "0,8") + ',"a":1}'), "a name stands twice"),
+        (header_of('{"a":' + ENTRY % ("2", "0,8") + ',"a":1}'), "'a' stands twice"),
         (header_of('{"a":' + ENTRY % ("3", "0,8") + "}"), "a has 8 bytes, F32 [3] needs 12"),
         (header_of('{"a":' + ENTRY % ("-2", "0,-8") + "}"), "the header entry of a is not"),
         (header_of('{"a":' + ENTRY % ("1", "4,8") + "}"), "tensors overlap or leave holes"),
@@ -292,6 +321,29 @@ def test_an_index_that_disagrees_with_the_files(
 ) -> None:
     change_json(folder / INDEX, change)
     assert message in refusal(folder)
+
+
+@pytest.mark.parametrize("name", [INDEX, "config.json"])
+def test_keys_that_stand_twice(folder: Path, name: str) -> None:
+    text = (folder / name).read_text()
+    key = next(iter(json.loads(text)))
+    (folder / name).write_text(text.replace("{", f'{{"{key}": 1, ', 1))
+    assert f"{folder / name}: is not JSON: '{key}' stands twice" in refusal(folder)
+
+
+def test_a_file_that_the_index_does_not_name(folder: Path) -> None:
+    shutil.copy(folder / FILES[0], folder / "third.safetensors")
+    assert "third.safetensors: extra, the index does not name this file" in refusal(folder)
+
+
+def test_tensors_win_over_the_dtype_of_the_config(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert open_folder(folder).recipe == "bf16"
+    assert caplog.text == ""
+    change_json(folder / "config.json", lambda raw: raw.update(dtype="float32"))
+    assert open_folder(folder).recipe == "bf16"
+    assert "config.json: dtype=float32, but the tensors are bfloat16" in caplog.text
 
 
 def test_two_spellings_of_one_tensor(folder: Path) -> None:

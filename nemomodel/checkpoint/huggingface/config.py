@@ -6,6 +6,7 @@ although transformers 5.23 does.
 """
 
 import json
+import math
 from typing import Any
 
 from nemomodel.config.load import ConfigError, parse_model
@@ -70,6 +71,16 @@ FIXED = {
 }
 """What our model always is. Written always; on input another value is an error."""
 
+ABSENT = {
+    "scoring_func": ("sigmoid",),
+    "logits_scaling": (1,),
+    "first_k_dense_replace": (0,),
+}
+"""Keys of other architectures, and the values that change nothing here."""
+
+MAX_SIZE, MAX_COUNT, MAX_MTP_BLOCKS = 2**20, 2**16, 64
+"""Of any width, of heads or experts, of MTP blocks: far above every known model."""
+
 ALIASES = {
     "layer_types": "layers_block_type",
     "mtp_layer_types": "mtp_layers_block_type",
@@ -124,13 +135,26 @@ def model_config(raw: dict[str, Any], *, where: str) -> ModelConfig:
     ]
     if "model_type" not in raw:
         found.append('model_type: missing; "nemotron_h" is what can be read')
+    architectures = raw.get("architectures")
+    if architectures is not None and not _has_ours(architectures):
+        found.append(
+            f"architectures={_json(architectures)}: NemotronHForCausalLM is what can be read"
+        )
+    eps = 1e-5 if raw.get("layer_norm_epsilon") is None else raw["layer_norm_epsilon"]
+    found += [
+        f"{key}={_json(raw[key])}: asks for what this model does not have"
+        for key, values in (ABSENT | {"rms_norm_eps": (eps,)}).items()
+        if raw.get(key) is not None and raw[key] not in values
+    ]
     if not _no_limit(raw.get("time_step_limit")):
         found.append(f"time_step_limit={_json(raw['time_step_limit'])}: only [0, inf] can be read")
-    if "norm_eps" in raw and raw["norm_eps"] != raw.get("layer_norm_epsilon", 1e-5):
+    if "norm_eps" in raw and raw["norm_eps"] != eps:
         found.append("norm_eps and layer_norm_epsilon differ; only one epsilon is used")
     pattern, mtp = _patterns(raw, found)
     model: dict[str, Any] = {"layer_pattern": pattern, **_section(raw, MODEL, found)}
     blocks = raw.get("num_nextn_predict_layers") or 0
+    if type(blocks) is int and blocks > MAX_MTP_BLOCKS:
+        found.append(f"num_nextn_predict_layers={blocks}: at most {MAX_MTP_BLOCKS} can be read")
     if blocks:
         # One block may serve any number of depths; how many it was trained for is not said.
         model["mtp"] = {"num_depths": blocks, "layer_pattern": mtp, "shared": blocks == 1}
@@ -155,7 +179,7 @@ def config_json(
         vocab_size: rows of the embedding without padding.
         dtype: "bfloat16" or "float32".
         carried: the config.json that the model came with, or values for keys that our model does
-            not know; the model's own values win.
+            not know; the model's own values win. What is no JSON (Infinity, NaN) is left out.
 
     Raises:
         ConfigError: `model.mamba.dt_min` is not 0, which no key says.
@@ -165,7 +189,7 @@ def config_json(
             f"model.mamba.dt_min={model.mamba.dt_min}: a nemotron_h folder cannot say that dt is "
             "clamped; only 0 can be exported"
         )
-    raw = {key: value for key, value in carried.items() if key not in NOT_WRITTEN}
+    raw = {k: v for k, v in carried.items() if k not in NOT_WRITTEN and _is_json(v)}
     raw |= {"architectures": ["NemotronHForCausalLM"], "dtype": dtype, **FIXED}
     raw |= {key: getattr(model, ours) for key, (ours, _) in MODEL.items()}
     raw["vocab_size"] = vocab_size
@@ -202,9 +226,23 @@ def _section(raw: dict[str, Any], keys: dict[str, Any], found: list[str]) -> dic
             value = default
         if value is REQUIRED:
             found.append(f"{key}: missing")
+        elif isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{key}={value}: is not finite")
+        elif type(value) is int and value > (limit := _limit(key)):
+            found.append(f"{key}={value}: at most {limit} can be read")
         elif value is not None:
             section[ours] = value
     return section
+
+
+def _limit(key: str) -> int:
+    return MAX_COUNT if key.startswith(("n_", "num_", "mamba_num_")) else MAX_SIZE
+
+
+def _has_ours(architectures: Any) -> bool:
+    return isinstance(architectures, list) and any(
+        isinstance(name, str) and name.startswith("NemotronH") for name in architectures
+    )
 
 
 def _patterns(raw: dict[str, Any], found: list[str]) -> tuple[str, str]:
@@ -224,11 +262,16 @@ def _patterns(raw: dict[str, Any], found: list[str]) -> tuple[str, str]:
 def _letters(raw: dict[str, Any], string_key: str, list_key: str, found: list[str]) -> str:
     """The pattern of one or both keys; `|` marks borders of pipeline stages only."""
     string, names = raw.get(string_key), raw.get(list_key)
+    if string is not None and not isinstance(string, str):
+        found.append(f"{string_key}={_json(string)}: is not a string")
     string = string.replace("|", "") if isinstance(string, str) else ""
     if names is None:
         return string
+    if not isinstance(names, list):
+        found.append(f"{list_key}={_json(names)}: is not a list")
+        return string
     known = tuple(LETTERS)  # a tuple compares even what is not hashable
-    unknown = [n for n in names if n not in known] if isinstance(names, list) else [names]
+    unknown = [n for n in names if n not in known]
     if unknown:
         found.append(f"{list_key}: {_json(unknown[0])} is none of {', '.join(LETTERS)}")
         return string
@@ -246,6 +289,14 @@ def _no_limit(limit: Any) -> bool:
             high = high.get("__float__")
         return low == 0 and str(high).lower() in ("inf", "infinity")
     return limit is None
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _json(value: Any) -> str:

@@ -5,6 +5,8 @@ the cache of the hub client, whose snapshots are links into the `blobs` beside t
 """
 
 import json
+import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,15 +24,16 @@ from nemomodel.checkpoint.huggingface.names import (
     published_name,
     stacked_experts,
 )
-from nemomodel.checkpoint.huggingface.tensor_files import Stored, read_header
+from nemomodel.checkpoint.huggingface.tensor_files import Stored, no_duplicates, read_header
 from nemomodel.config.schema import ModelConfig
 from nemomodel.model.nemotron import DTYPES
+
+logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
 RECIPES = {dtype: recipe for recipe, dtype in DTYPES.items()}
-MAX_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def open_folder(path: Path) -> Folder:
     config = model_config(config_json, where=str(path / CONFIG))
     tensors = _published(path, _stored(path))
     recipe = _recipe(path, tensors)
+    _warn_of_dtype(path, config_json, recipe)
     entries = plan(config, dtype=DTYPES[recipe])
     _compare(path, entries, tensors)
     return Folder(path, config, recipe, entries, tensors)
@@ -84,10 +88,12 @@ def open_folder(path: Path) -> Folder:
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """
     Raises:
-        CheckpointError: the file is missing, outside the folder, or no JSON object.
+        CheckpointError: the file is missing, outside the folder, no JSON object, or says a key
+            twice.
     """
     try:
-        value = json.loads(contained(path, name).read_text(encoding="utf-8"))
+        text = contained(path, name).read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=no_duplicates)
     except OSError as error:
         raise CheckpointError(f"{path / name}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -113,10 +119,34 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def listed(head: str, lines: list[str]) -> CheckpointError:
-    """One error of many lines; of a very long list the first ones and the count."""
-    more = [f"... and {len(lines) - MAX_LINES:,} more"] if len(lines) > MAX_LINES else []
+    """One error of all lines; those that differ in the number of the expert only are one line."""
     count = f"{len(lines):,} problem{'s' if len(lines) > 1 else ''}"
-    return CheckpointError("\n  ".join([f"{head}: {count}", *lines[:MAX_LINES], *more]))
+    return CheckpointError("\n  ".join([f"{head}: {count}", *_folded(lines)]))
+
+
+def _folded(lines: list[str]) -> Iterator[str]:
+    """`a.experts.{0..2,5}.b: missing (4 tensors)` for four lines, where the first one stood."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for line in lines:
+        before, number, after = re.fullmatch(r"(?:(.*?\.experts\.)(\d+))?(.*)", line, re.S).groups()
+        groups.setdefault((before or "", after), []).append(int(number or 0))
+    for (before, after), numbers in groups.items():
+        if not before:
+            yield after
+        elif len(numbers) == 1:
+            yield f"{before}{numbers[0]}{after}"
+        else:
+            yield f"{before}{{{_ranges(numbers)}}}{after} ({len(numbers)} tensors)"
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
 
 
 def refuse_packed(path: Path, config_json: dict[str, Any]) -> None:
@@ -153,7 +183,8 @@ def _indexed(path: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{path / INDEX}: weight_map is not a table of file names")
     files = {file: contained(path, file) for file in sorted(set(weight_map.values()))}
     tensors: dict[str, Stored] = {}
-    lines = []
+    unnamed = sorted({p.name for p in path.glob("*.safetensors")} - files.keys())
+    lines = [f"{file}: extra, the index does not name this file" for file in unnamed]
     for file, where in files.items():
         for name, stored in read_header(where).items():
             if weight_map.get(name) == file:
@@ -194,6 +225,14 @@ def _recipe(path: Path, tensors: dict[str, Stored]) -> str:
     if not num_bytes:
         raise CheckpointError(f"{path}: the files hold no tensors")
     return RECIPES[num_bytes.most_common(1)[0][0]]
+
+
+def _warn_of_dtype(path: Path, config_json: dict[str, Any], recipe: str) -> None:
+    actual = str(DTYPES[recipe]).removeprefix("torch.")
+    for key in ("dtype", "torch_dtype"):
+        said = config_json.get(key)
+        if said is not None and str(said).removeprefix("torch.") != actual:
+            logger.warning("%s: %s=%s, but the tensors are %s", path / CONFIG, key, said, actual)
 
 
 def _compare(path: Path, entries: list[Entry], tensors: dict[str, Stored]) -> None:
