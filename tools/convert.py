@@ -3,7 +3,8 @@
     python tools/convert.py import HF_DIR CKPT_DIR      to train on, or to load
     python tools/convert.py export CKPT HF_DIR          for transformers, vLLM, SGLang
     python tools/convert.py verify A B                  same names, shapes, dtypes and bytes?
-    python tools/convert.py plan CONFIG.toml            what an export would write, no weights
+    python tools/convert.py plan CONFIG.toml [section.key=value ...]
+                                                        what an export would write, no weights
 
 CKPT is a run folder (its newest intact checkpoint), one step folder, or an imported CKPT_DIR.
 A and B are either kind. Weights are streamed: memory is that of about one layer. The result
@@ -92,6 +93,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     command = commands.add_parser("plan", help="the tensors of a config, without weights")
     command.add_argument("config", metavar="CONFIG.toml")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.add_argument("--names", action="store_true", help="list every tensor")
     command.set_defaults(run=run_plan)
     return parser.parse_args(argv)
@@ -120,6 +122,8 @@ def run_import(args: argparse.Namespace) -> int:
 
     folder = import_folder(args.source, args.target)
     print(f"{args.target}: {len(folder.tensors):,} tensors, {folder.num_bytes:,} bytes")
+    if folder.num_narrow_biases:
+        print(f"{folder.num_narrow_biases} router biases were BF16; they are FP32 now, exactly")
     print(f"For a training config ({args.target / MODEL_TOML}):\n")
     print(model_toml(folder.config, folder.recipe), end="")
     return 0
@@ -171,7 +175,7 @@ def run_plan(args: argparse.Namespace) -> int:
     from nemomodel.config.load import load_config
     from nemomodel.model.nemotron import DTYPES
 
-    config = load_config(args.config)
+    config = load_config(args.config, args.overrides)
     dtype = DTYPES[config.precision.recipe]
     pieces = [piece for entry in plan(config.model, dtype=dtype) for piece in entry.pieces]
     if args.names:

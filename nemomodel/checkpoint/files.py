@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -67,8 +67,17 @@ class SafeReader(FileSystemReader):
 
     @cached_property
     def _metadata(self) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            return _MetadataUnpickler(file).load()
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged pickle can raise anything
+            raise CheckpointError(f"{path}: is not readable: {error!r}") from None
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"{path}: is no index of tensors")
+        return metadata
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -147,6 +156,8 @@ def manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{path}: {_reason(error)}") from error
     if found != FORMAT:
         raise CheckpointError(f"{path}: format={found}; this version reads format {FORMAT}")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{path}: files is not a table of names")
     return files
 
 
@@ -163,6 +174,8 @@ def damage(folder: Path, *, share: int = 0, shares: int = 1) -> str | None:
     for name in sorted(files)[share::shares]:
         path, expected = folder / name, files[name]
         try:
+            if not isinstance(expected, dict) or expected.keys() != {"size", "sha256"}:
+                return f"{folder / MANIFEST}: the entry of {name} is not readable"
             if (size := path.stat().st_size) != expected["size"]:
                 return f"{path}: has {size} bytes, the manifest says {expected['size']}"
             if describe_file(path) != expected:
@@ -173,8 +186,22 @@ def damage(folder: Path, *, share: int = 0, shares: int = 1) -> str | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The plain data of a checkpoint: `config`, `step`, `tokens` and more."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    """The plain data of a checkpoint: `config`, `step`, `tokens` and more.
+
+    Raises:
+        CheckpointError: the file is missing or no JSON, or its config has no model or no recipe.
+    """
+    path = folder / STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        model, recipe = state["config"]["model"], state["config"]["precision"]["recipe"]
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {_reason(error)}") from None
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: has no config of a model: {error!r}") from None
+    if not isinstance(model, dict) or not isinstance(recipe, str):
+        raise CheckpointError(f"{path}: has no config of a model")
+    return state
 
 
 def read_tensors(
@@ -208,7 +235,11 @@ def read_tensors(
 def saved_shapes(folder: Path) -> dict[str, list[int]]:
     """Names and shapes of all tensors of a checkpoint."""
     metadata = SafeReader(folder).read_metadata()
-    return {name: list(entry.size) for name, entry in metadata.state_dict_metadata.items()}
+    return {
+        name: list(entry.size)
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def check_shapes(folder: Path, needed: dict[str, list[int]]) -> None:

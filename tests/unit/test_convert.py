@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer
 from torch.distributed.checkpoint import DefaultLoadPlanner
 
 import nemomodel
-from nemomodel.checkpoint.files import MANIFEST, describe_file
+from nemomodel.checkpoint.files import MANIFEST, CheckpointError, describe_file
 from nemomodel.checkpoint.huggingface import progress
 from nemomodel.checkpoint.huggingface.folder import INDEX, open_folder
 from nemomodel.checkpoint.huggingface.side_files import end_token_ids, find_tokenizer
@@ -299,6 +300,25 @@ def test_rounding_of_wide_vectors_is_told(
     assert all(torch.equal(value, narrow[name].float()) for name, value in wide.items())
 
 
+def test_router_biases_in_bf16_are_the_same_in_fp32(
+    folder: Path, convert: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    biases = {n: t.bfloat16() for n, t in read_all(folder).items() if n.endswith("correction_bias")}
+    change_tensors(folder, lambda t: t.update({n: biases[n] for n in t.keys() & biases.keys()}))
+    count = sum(t.dtype == torch.bfloat16 for n, t in read_all(folder).items() if n in biases)
+    assert count >= 1
+    assert convert("import", folder, tmp_path / "ckpt") == 0
+    assert f"{count} router biases were BF16" in capsys.readouterr().out
+    assert convert("verify", folder, tmp_path / "ckpt") == 0
+    assert convert("export", tmp_path / "ckpt", tmp_path / "back") == 0
+    back = read_all(tmp_path / "back")
+    name = next(n for n, t in read_all(folder).items() if n in biases and t.dtype == torch.bfloat16)
+    assert torch.equal(back[name], biases[name].float())
+    assert convert("verify", folder, tmp_path / "back") == 0
+    change_tensors(folder, lambda t: t[name][0].add_(1))
+    assert convert("verify", folder, tmp_path / "back") == 1
+
+
 def test_verify_lists_hashes_and_names_every_difference(
     folder: Path, convert: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,6 +348,9 @@ def test_plan_prints_the_totals(
         "42,683 tensors, 123,611,033,088 elements, 247,222,108,160 bytes; "
         "41 router biases are FP32, the others BF16\n"
     )
+    lightning = ("model.mtp.num_depths=1", "model.mtp.layer_pattern=*E")
+    assert convert("plan", ROOT / "configs/nano_30b.toml", *lightning) == 0
+    assert capsys.readouterr().out.startswith("6,513 tensors, 32,913,266,240 elements, ")
     assert convert("plan", ROOT / "configs/tiny.toml", "--names") == 0
     assert "backbone.layers.0.mixer.conv1d.weight F32 [384, 1, 4]" in capsys.readouterr().out
 
@@ -374,6 +397,41 @@ def test_damaged_checkpoint_is_not_exported(
     (checkpoint / "__0_0.distcp").write_bytes(data)
     assert convert("export", checkpoint, tmp_path / "back") == 2
     assert "SHA-256 differs from the manifest" in capsys.readouterr().err
+    assert names(tmp_path) == {"hf", "ckpt"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("state.json", b"{", "Expecting property name"),
+        ("state.json", b"[]", "has no config of a model"),
+        ("state.json", b'{"config": {"model": {}}}', "has no config of a model"),
+        ("state.json", b'{"config": {"model": 1, "precision": {"recipe": "bf16"}}}', "has no con"),
+        (".metadata", b"nonsense", "is not readable"),
+        (".metadata", b"", "is not readable"),
+        (".metadata", pickle.dumps({"a": 1}), "is no index of tensors"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_sealed_nonsense_is_named(
+    folder: Path,
+    convert: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    content: bytes,
+    message: str,
+) -> None:
+    checkpoint = tmp_path / "ckpt"
+    assert convert("import", folder, checkpoint) == 0
+    (checkpoint / file).write_bytes(content)
+    seal(checkpoint)
+    capsys.readouterr()
+    for arguments in (("export", checkpoint, tmp_path / "back"), ("verify", checkpoint, folder)):
+        assert convert(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"convert: {checkpoint / file}: ")
+        assert message in error
     assert names(tmp_path) == {"hf", "ckpt"}
 
 
@@ -579,6 +637,54 @@ def test_carried_link_cannot_leave_the_folder(
     assert convert("import", folder, tmp_path / "ckpt") == 2
     assert "tokenizer.json: is a link that leads out of the folder" in capsys.readouterr().err
     assert names(tmp_path) == {"hf", "secret"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling link", "loop"])
+def test_carried_files_are_files(
+    folder: Path,
+    convert: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    path = folder / "tokenizer.json"
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "dangling link":
+            path.symlink_to("nowhere")
+        case "loop":
+            path.symlink_to(path.name)
+    monkeypatch.setattr(Stored, "read", None)  # nothing is read before the error
+    assert convert("import", folder, tmp_path / "ckpt") == 2
+    message = {"loop": f"{folder}: 'tokenizer.json' is a loop of links"}.get(kind, f"{path}: is no")
+    assert capsys.readouterr().err.startswith(f"convert: {message}")
+    assert names(tmp_path) == {"hf"}
+    with pytest.raises(CheckpointError, match=message):
+        find_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ids", [-1, 97, True, 1.0, "2", [2, None], [3, 97], {}], ids=str)
+def test_end_tokens_are_ids(
+    folder: Path,
+    convert: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    ids: object,
+) -> None:
+    if not (folder / name).exists():
+        (folder / name).write_text("{}")
+    change_json(folder / name, lambda raw: raw.update(eos_token_id=ids))
+    assert convert("import", folder, tmp_path / "ckpt") == 2
+    error = capsys.readouterr().err
+    assert f"{folder / name}: eos_token_id=" in error
+    assert "token ids are whole numbers from 0 to 96" in error
+    assert names(tmp_path) == {"hf"}
+    with pytest.raises(CheckpointError, match="eos_token_id="):
+        end_token_ids(folder)
 
 
 def test_no_transformers_is_needed() -> None:

@@ -279,6 +279,15 @@ def test_an_index_cannot_leave_the_folder(folder: Path, name: str) -> None:
     assert f"{name!r} is not the name of a file in this folder" in refusal(folder)
 
 
+def test_names_that_no_file_can_have_and_loops_of_links(folder: Path) -> None:
+    change_json(folder / INDEX, lambda raw: raw["weight_map"].update({EXPERT: "\ud800"}))
+    assert f"{folder}: '\\ud800' is a loop of links, or no file name" in refusal(folder)
+    (folder / FILES[1]).unlink()
+    (folder / FILES[1]).symlink_to(FILES[1])
+    change_json(folder / INDEX, lambda raw: raw["weight_map"].update({EXPERT: FILES[0]}))
+    assert f"{folder}: '{FILES[1]}' is a loop of links" in refusal(folder)
+
+
 @pytest.mark.parametrize("name", [FILES[0], INDEX, "config.json"])
 def test_a_link_cannot_leave_the_folder(folder: Path, name: str, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
@@ -402,7 +411,8 @@ def test_weights_of_another_model_are_refused_with_every_difference(folder: Path
         "model.mtp: the checkpoint has such a section, the model null",
     ]
     shared = replace(MODEL, mtp=replace(MODEL.mtp, shared=True))
-    with pytest.raises(CheckpointError, match="another number of MTP blocks"):
+    message = "shared=true with num_depths=2: the checkpoint has 2 MTP blocks, the model 1"
+    with pytest.raises(CheckpointError, match=message):
         load_weights(folder, Nemotron(shared, dtype=torch.bfloat16))
 
 

@@ -22,6 +22,7 @@ from nemomodel.checkpoint.huggingface.side_files import (
     GENERATION,
     TOKENIZER,
     TOKENIZER_CONFIG,
+    check_carried,
     copy_carried,
     end_token_ids,
     find_tokenizer,
@@ -68,12 +69,15 @@ def export_checkpoint(
             was imported from when not given, else all.
 
     Raises:
-        CheckpointError: as `Checkpoint` and `new_folder`, or `vocab_size` does not fit.
+        CheckpointError: as `Checkpoint`, `check_carried` and `new_folder`, or `vocab_size` does
+            not fit.
         ConfigError: as `config_json`.
     """
     refuse_existing(target)
     checkpoint = Checkpoint(source)
     checkpoint.cut_padding(vocab_size)
+    if checkpoint.carried:
+        check_carried(checkpoint.carried)
     dtype = dtype or DTYPES[checkpoint.recipe]
     config = config_json(
         checkpoint.model,

@@ -50,6 +50,12 @@ class Folder:
     def num_bytes(self) -> int:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
+    @property
+    def num_narrow_biases(self) -> int:
+        """Router biases that are BF16 here and FP32 everywhere else."""
+        stored = (self.tensors[p.name] for e in self.entries for p in e.pieces if p.is_router_bias)
+        return sum(tensor.dtype == torch.bfloat16 for tensor in stored)
+
     def read(self, entry: Entry, out: Tensor) -> None:
         """Read one tensor of our model, piece by piece, into `out`, of any dtype and device."""
         for piece, part in entry.split(out):
@@ -111,7 +117,10 @@ def contained(folder: Path, name: str) -> Path:
     """
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(f"{folder}: {name!r} is not the name of a file in this folder")
-    root, target = folder.resolve(), (folder / name).resolve()
+    try:
+        root, target = folder.resolve(), (folder / name).resolve()
+    except (OSError, RuntimeError, ValueError):
+        raise CheckpointError(f"{folder}: {name!r} is a loop of links, or no file name") from None
     in_cache = root.parent.name == "snapshots" and target.parent == root.parents[1] / "blobs"
     if not target.is_relative_to(root) and not in_cache:
         raise CheckpointError(f"{folder / name}: is a link that leads out of the folder")

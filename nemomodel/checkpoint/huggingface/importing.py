@@ -19,7 +19,7 @@ from nemomodel.checkpoint.files import FORMAT, MANIFEST, STATE, describe_file, w
 from nemomodel.checkpoint.huggingface.folder import Folder, open_folder
 from nemomodel.checkpoint.huggingface.names import Entry
 from nemomodel.checkpoint.huggingface.progress import ByteProgress
-from nemomodel.checkpoint.huggingface.side_files import CARRIED, copy_carried
+from nemomodel.checkpoint.huggingface.side_files import CARRIED, check_carried, copy_carried
 from nemomodel.checkpoint.huggingface.staging import new_folder, refuse_existing
 from nemomodel.config.schema import ModelConfig
 
@@ -35,11 +35,12 @@ def import_folder(source: Path, target: Path) -> Folder:
     Memory: one tensor of our model, or one file of small ones.
 
     Raises:
-        CheckpointError: as `open_folder` and `new_folder`.
+        CheckpointError: as `open_folder`, `check_carried` and `new_folder`.
         ConfigError: as `open_folder`.
     """
     refuse_existing(target)
     folder = open_folder(source)
+    check_carried(source)
     with new_folder(target, num_bytes=folder.num_bytes) as partial:
         _write_tensors(folder, partial)
         (partial / CARRIED).mkdir()

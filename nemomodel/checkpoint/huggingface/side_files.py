@@ -1,6 +1,7 @@
 """The small files beside weights: tokenizer, chat template, generation settings."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -31,8 +32,12 @@ _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
 def find_tokenizer(path: Path | str) -> Path | None:
-    """tokenizer.json of a run folder, step folder, imported checkpoint or Hugging Face folder."""
-    return next((f / TOKENIZER for f in _folders(Path(path)) if (f / TOKENIZER).is_file()), None)
+    """tokenizer.json of a run folder, step folder, imported checkpoint or Hugging Face folder.
+
+    Raises:
+        CheckpointError: it is no file, or a link that leads out of its folder.
+    """
+    return next((f / TOKENIZER for f in _folders(Path(path)) if _has_file(f, TOKENIZER)), None)
 
 
 def has_own_tokenizer(path: Path | str) -> bool:
@@ -62,14 +67,16 @@ def end_token_ids(path: Path | str) -> list[int]:
     What generation_config.json says counts, else config.json, else the well-known end tokens of
     tokenizer.json. Of a run with its own tokenizer only that counts. `path` is as for
     `find_tokenizer`.
+
+    Raises:
+        CheckpointError: eos_token_id is no token id and no list of them, or the config.json beside
+            it has fewer tokens.
     """
     folders = [] if has_own_tokenizer(path) else _folders(Path(path))
     for name in (GENERATION, CONFIG):
         for folder in folders:
-            if (folder / name).is_file():
-                ids = read_json(folder, name).get("eos_token_id")
-                if ids is not None:
-                    return list(ids) if isinstance(ids, list) else [ids]
+            if ids := _stated_ids(folder, name):
+                return ids
     tokenizer = find_tokenizer(path)
     return list(known_end_tokens(tokenizer).values()) if tokenizer else []
 
@@ -92,13 +99,25 @@ def copy_carried(source: Path, target: Path, *, of_tokenizer: bool = True) -> li
         of_tokenizer: also those that speak of tokens.
 
     Raises:
-        CheckpointError: one of them is a link that leads out of the folder.
+        CheckpointError: as `check_carried`.
     """
-    patterns = [_OTHERS, _OF_TOKENIZER] if of_tokenizer else [_OTHERS]
-    names = sorted(p.name for p in source.iterdir() if any(n.fullmatch(p.name) for n in patterns))
+    names = _carried_names(source)
+    if not of_tokenizer:
+        names = [name for name in names if _OTHERS.fullmatch(name)]
     for name in names:
         shutil.copyfile(contained(source, name), target / name)
     return names
+
+
+def check_carried(source: Path) -> None:
+    """
+    Raises:
+        CheckpointError: one of the small files of a folder is no file, or a link that leads out
+            of the folder; or as `end_token_ids`.
+    """
+    _carried_names(source)
+    for name in (GENERATION, CONFIG):
+        _stated_ids(source, name)
 
 
 def carry_over(source: Path | str, run_dir: Path) -> None:
@@ -108,7 +127,7 @@ def carry_over(source: Path | str, run_dir: Path) -> None:
         source: a Hugging Face folder or an imported checkpoint; others have no such files.
 
     Raises:
-        CheckpointError: as `copy_carried`.
+        CheckpointError: as `check_carried`.
     """
     source = Path(source)
     carried = source if is_hf_folder(source) else find_carried(source)
@@ -126,6 +145,41 @@ def tokenizer_config(tokenizer: Path, *, max_length: int | None) -> dict[str, An
     if end is not None:
         config |= {"eos_token": end, "pad_token": end}
     return config
+
+
+def _carried_names(source: Path) -> list[str]:
+    found = sorted(path.name for path in source.iterdir())
+    names = [n for n in found if _OF_TOKENIZER.fullmatch(n) or _OTHERS.fullmatch(n)]
+    for name in names:
+        _has_file(source, name)
+    return names
+
+
+def _has_file(folder: Path, name: str) -> bool:
+    path = folder / name
+    if path.is_symlink() or path.exists():
+        if not contained(folder, name).is_file():
+            raise CheckpointError(f"{path}: is no file, or a link to none")
+        return True
+    return False
+
+
+def _stated_ids(folder: Path, name: str) -> list[int]:
+    """eos_token_id of one file; empty where nothing says it."""
+    if not _has_file(folder, name):
+        return []
+    ids = read_json(folder, name).get("eos_token_id")
+    if ids is None:
+        return []
+    size = read_json(folder, CONFIG).get("vocab_size") if _has_file(folder, CONFIG) else None
+    limit = size if type(size) is int else math.inf
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int and 0 <= i < limit for i in ids):
+        raise CheckpointError(
+            f"{folder / name}: eos_token_id={json.dumps(ids)}: "
+            f"token ids are whole numbers from 0 to {limit - 1}"
+        )
+    return ids
 
 
 def _roots(path: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemomodel.checkpoint.files import CheckpointError, SafeReader, read_state, read_tensors
 from nemomodel.checkpoint.huggingface.folder import (
@@ -91,7 +92,7 @@ class Checkpoint:
         saved = {
             name.removeprefix("model."): (tuple(entry.size), entry.properties.dtype)
             for name, entry in metadata.items()
-            if name.startswith("model.")
+            if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
         }
         lines = []
         for entry in self.entries:

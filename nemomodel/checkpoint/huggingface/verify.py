@@ -40,7 +40,8 @@ def verify(a: Path, b: Path, *, vocab_size: int | None = None) -> Iterator[Line]
     """Name, shape, dtype and bytes of all tensors of both, under published names.
 
     A parameter that our model holds in FP32 and published folders in BF16 (A_log, D, dt_bias)
-    is equal when BF16 holds it exactly.
+    is equal when BF16 holds it exactly. Router biases, which some folders have in BF16, are
+    compared as FP32.
 
     Args:
         a, b: run folder, step folder, imported checkpoint or Hugging Face folder.
@@ -60,7 +61,9 @@ def verify(a: Path, b: Path, *, vocab_size: int | None = None) -> Iterator[Line]
 def _digests(source: Source) -> Iterator[tuple[Piece, list[Digest]]]:
     for piece, tensor in source.tensors():
         forms = [_digest(tensor)]
-        if isinstance(source, Checkpoint) and piece.may_be_wide and not piece.is_router_bias:
+        if piece.is_router_bias and tensor.dtype == torch.bfloat16:
+            forms.append(_digest(tensor.float()))
+        elif isinstance(source, Checkpoint) and piece.may_be_wide and not piece.is_router_bias:
             narrow = tensor.to(torch.bfloat16)
             if torch.equal(narrow.float(), tensor):
                 forms.append(_digest(narrow))
