@@ -16,6 +16,8 @@ import os
 import pickle
 import re
 import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ FOLDER = "checkpoints"
 LATEST = "latest"
 MANIFEST = "manifest.json"
 STATE = "state.json"
+
+HASH_THREADS = min(8, os.cpu_count() or 1)
 
 _STEP = re.compile(r"step_(\d{8,})")
 _METADATA_CLASSES = {
@@ -115,6 +119,12 @@ def describe_file(path: Path) -> dict[str, Any]:
         return {"size": file.tell(), "sha256": digest}
 
 
+def describe_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """`describe_file` of each, several at once: hashing runs outside Python's lock."""
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return list(pool.map(describe_file, paths))
+
+
 def write_json(path: Path, value: Any) -> None:
     with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
@@ -171,7 +181,8 @@ def damage(folder: Path, *, share: int = 0, shares: int = 1) -> str | None:
         files = manifest_files(folder)
     except CheckpointError as error:
         return str(error)
-    for name in sorted(files)[share::shares]:
+
+    def wrong(name: str) -> str | None:
         path, expected = folder / name, files[name]
         try:
             if not isinstance(expected, dict) or expected.keys() != {"size", "sha256"}:
@@ -182,7 +193,10 @@ def damage(folder: Path, *, share: int = 0, shares: int = 1) -> str | None:
                 return f"{path}: SHA-256 differs from the manifest"
         except OSError as error:
             return f"{path}: {_reason(error)}"
-    return None
+        return None
+
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return next(filter(None, pool.map(wrong, sorted(files)[share::shares])), None)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from nemomodel.checkpoint.files import FORMAT, MANIFEST, STATE, describe_file, write_json
+from nemomodel.checkpoint.files import FORMAT, MANIFEST, STATE, describe_files, write_json
 from nemomodel.checkpoint.huggingface.folder import Folder, open_folder
 from nemomodel.checkpoint.huggingface.names import Entry
 from nemomodel.checkpoint.huggingface.progress import ByteProgress
@@ -50,7 +50,8 @@ def import_folder(source: Path, target: Path) -> Folder:
         config = {"model": asdict(folder.config), "precision": {"recipe": folder.recipe}}
         write_json(partial / STATE, {"format": FORMAT, "step": 0, "tokens": 0, "config": config})
         paths = sorted(path for path in partial.rglob("*") if path.is_file())
-        files = {str(path.relative_to(partial)): describe_file(path) for path in paths}
+        names = [str(path.relative_to(partial)) for path in paths]
+        files = dict(zip(names, describe_files(paths), strict=True))
         write_json(
             partial / MANIFEST, {"format": FORMAT, "step": 0, "world_size": 1, "files": files}
         )
