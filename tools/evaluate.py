@@ -153,11 +153,10 @@ def open_stream(args: argparse.Namespace) -> "tuple[Stream, Path | None]":
     from nemomodel.data.readers import open_inputs
     from nemomodel.data.tokenizer import end_token_id, load_tokenizer
     from nemomodel.infer.evaluate import encode_texts, open_tokens
+    from nemomodel.infer.text_format import tokenizer_file
 
     if args.text:
-        path = args.tokenizer or find_tokenizer(args.path)
-        if path is None:
-            raise ValueError(f"{args.path}: no tokenizer.json lies there; give --tokenizer FILE")
+        path = tokenizer_file(args.path, args.tokenizer)
         tokenizer = load_tokenizer(path)
         eod_id = end_token_id(tokenizer, name=args.eod_token)
         inputs = open_inputs(

@@ -41,20 +41,12 @@ from nemomodel.checkpoint.files import (
     write_json,
 )
 from nemomodel.checkpoint.state import Engine, copy_shards, random_states, restore, rng_name
+from nemomodel.checkpoint.weights import SAME_MODEL
 from nemomodel.config.load import config_to_dict
 from nemomodel.config.schema import Config
 from nemomodel.parallel.mcore import Ranks
 
 logger = logging.getLogger(__name__)
-
-# Keys of the model section that change speed, the start or the loss, but not the model.
-_MAY_DIFFER = {
-    "init_std",
-    "mamba.chunk_size",
-    "moe.bias_update_rate",
-    "moe.aux_loss_coeff",
-    "mtp.loss_scale",
-}
 
 
 @dataclass(frozen=True)
@@ -294,7 +286,7 @@ def _check_model(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> N
         f"saved with model.{key}={json.dumps(saved.get(key))}, "
         f"this run has {json.dumps(ours.get(key))}"
         for key in {**saved, **ours}
-        if saved.get(key) != ours.get(key) and key not in _MAY_DIFFER
+        if saved.get(key) != ours.get(key) and key not in SAME_MODEL
     ]
     if lines:
         raise CheckpointError(f"checkpoint {folder}: {'; '.join(lines)}; the models differ")

@@ -26,17 +26,17 @@ from nemomodel.model.nemotron import Nemotron
 
 logger = logging.getLogger(__name__)
 
-# Keys of the model section that change neither what a weight means nor which there are: the
-# number of MTP blocks shows in the tensors.
-_MAY_DIFFER = {
+SAME_MODEL = {
     "init_std",
     "mamba.chunk_size",
     "moe.bias_update_rate",
     "moe.aux_loss_coeff",
-    "mtp.num_depths",
-    "mtp.shared",
     "mtp.loss_scale",
 }
+"""Keys of the model section that change speed, the start or the loss, but not the model."""
+
+# The same weights also serve other numbers of depths: how many blocks there are is compared.
+_SAME_WEIGHTS = SAME_MODEL | {"mtp.num_depths", "mtp.shared"}
 
 
 def find_checkpoint(path: Path | str) -> Path:
@@ -125,7 +125,7 @@ def _differences(saved: dict[str, Any], ours: dict[str, Any], prefix: str = "") 
         name, a, b = prefix + key, saved[key], ours[key]
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{name}.")
-        elif a != b and name not in _MAY_DIFFER:
+        elif a != b and name not in _SAME_WEIGHTS:
             yield f"model.{name}: the checkpoint has {_word(a)}, the model {_word(b)}"
 
 

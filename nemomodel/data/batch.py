@@ -30,6 +30,16 @@ class MicroBatch:
     document_BS: Tensor
     """int32 number of the document of each position, from 0 in every sequence."""
 
+    def num_bytes(self, token_bytes: Tensor | None) -> int:
+        """UTF-8 bytes that the targets stand for; 0 where it is not known.
+
+        Args:
+            token_bytes: [V] bytes of each token, on the CPU.
+        """
+        if token_bytes is None:
+            return 0
+        return int(token_bytes[self.labels_BS[self.loss_mask_BS]].sum())
+
 
 class TokenStream:
     """A blend of sources as one endless list of samples."""

@@ -148,19 +148,9 @@ def evaluate(
         ids_BS, labels_BS, mask_BS = (
             t.to(device) for t in (batch.ids_BS, batch.labels_BS, batch.loss_mask_BS)
         )
-        targets = model.num_targets(mask_BS, documents)
-        cross_entropy = model.losses(
-            ids_BS,
-            labels_BS,
-            mask_BS,
-            documents,
-            num_targets=torch.ones_like(targets),
-            num_sequences=1,
-        ).cross_entropy
-        num_bytes = targets.new_zeros(1)
-        if token_bytes is not None:
-            num_bytes += token_bytes[batch.labels_BS[batch.loss_mask_BS]].sum()
-        sums = sums + torch.cat([cross_entropy.double(), targets, num_bytes])
+        cross_entropy, targets = model.cross_entropy(ids_BS, labels_BS, mask_BS, documents)
+        num_bytes = targets.new_tensor([batch.num_bytes(token_bytes)])
+        sums = sums + torch.cat([cross_entropy, targets, num_bytes])
         if on_tokens:
             on_tokens(num_positions)
     *totals, num_bytes = sums.tolist()

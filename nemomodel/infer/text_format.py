@@ -39,9 +39,7 @@ class TextFormat:
         Raises:
             ValueError: there is no tokenizer, or nothing says which token ends a text.
         """
-        path = Path(tokenizer) if tokenizer else find_tokenizer(checkpoint)
-        if path is None:
-            raise ValueError(f"{checkpoint}: no tokenizer.json lies there; give --tokenizer FILE")
+        path = tokenizer_file(checkpoint, tokenizer)
         loaded = load_tokenizer(path)
         ends = end_token_ids(checkpoint) or list(known_end_tokens(path).values())
         if not ends:
@@ -76,6 +74,18 @@ class TextFormat:
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def tokenizer_file(checkpoint: Path | str, given: Path | str | None) -> Path:
+    """`given`, else the tokenizer.json that lies with the checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(given) if given else find_tokenizer(checkpoint)
+    if path is None:
+        raise ValueError(f"{checkpoint}: no tokenizer.json lies there; give --tokenizer FILE")
+    return path
 
 
 def context_length(checkpoint: Path | str) -> int:

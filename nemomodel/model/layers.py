@@ -8,6 +8,7 @@ from nemomodel.ops.activation import squared_relu
 from nemomodel.ops.linear import linear
 from nemomodel.ops.norm import rms_norm
 from nemomodel.ops.precision import wide
+from nemomodel.ops.product import onednn_linear
 from nemomodel.quant.linear import QuantizedLinear
 
 
@@ -86,8 +87,7 @@ class CachedLinear:
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         if self.onednn_rows and x_TI.shape[0] in self.onednn_rows:
-            # The only way to it that PyTorch 2.11 has.
-            return torch.ops.mkldnn._linear_pointwise(x_TI, self.weight, None, "none", [], "")
+            return onednn_linear(x_TI, self.weight)
         return torch.mm(x_TI, self.transposed)
 
 

@@ -132,6 +132,25 @@ class Nemotron(nn.Module):
         masks = [mask_SB, *(shift(mask_SB, k, documents) for k in self._depths)]
         return torch.stack([mask.sum(dtype=torch.float64) for mask in masks])
 
+    def cross_entropy(
+        self,
+        ids_BS: Tensor,
+        labels_BS: Tensor,
+        loss_mask_BS: Tensor,
+        documents: Documents | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """[1 + num_depths] per head, float64: the sum over its targets in nats, and their count."""
+        num_targets = self.num_targets(loss_mask_BS, documents)
+        losses = self.losses(
+            ids_BS,
+            labels_BS,
+            loss_mask_BS,
+            documents,
+            num_targets=torch.ones_like(num_targets),
+            num_sequences=1,
+        )
+        return losses.cross_entropy.double(), num_targets
+
     def losses(
         self,
         ids_BS: Tensor,

@@ -16,6 +16,10 @@ def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
         and min(a_MK.numel() // a_MK.shape[-1], *b_KN.shape) >= ONEDNN_MIN_SIZE
         and torch.backends.mkldnn.is_available()
     ):
-        # The only way to it that PyTorch 2.11 has: y = a w^T, here with w = b^T.
-        return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.T, None, "none", [], "")
+        return onednn_linear(a_MK, b_KN.T)
     return a_MK @ b_KN
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T by oneDNN, on a CPU and without autograd; PyTorch 2.11 has no public way to it."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

@@ -70,14 +70,12 @@ def mxfp8_format() -> LinearFormat:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Formats by role; what has none, or is excepted, is not quantised."""
+    """Formats by role in the backbone; what has none, or is excepted, is not quantised."""
 
     name: str
     formats: Mapping[Role, LinearFormat]
     last_share: float = 0.0
     """Share of the backbone's blocks, counted from the last, that is not quantised."""
-    mtp: bool = False
-    """Whether the blocks of MTP are quantised."""
 
     def format(self, place: Place, *, last_layers: int | None = None) -> LinearFormat | None:
         """
@@ -85,7 +83,7 @@ class Recipe:
             last_layers: blocks at the end that are not quantised, in place of `last_share`.
         """
         if place.in_mtp:
-            return self.formats.get(place.role) if self.mtp else None
+            return None
         kept = round(self.last_share * place.num_layers) if last_layers is None else last_layers
         return self.formats.get(place.role) if place.layer < place.num_layers - kept else None
 

@@ -24,19 +24,11 @@ def validate(
     sums = 0
     for batch in batches:
         b = DeviceBatch.of(batch, ranks.device)
-        num_targets = model.num_targets(b.loss_mask_BS, b.documents)
-        cross_entropy = model.losses(
-            b.ids_BS,
-            b.labels_BS,
-            b.loss_mask_BS,
-            b.documents,
-            num_targets=torch.ones_like(num_targets),
-            num_sequences=1,
-        ).cross_entropy
-        num_bytes = num_targets.new_zeros(1)
-        if token_bytes is not None:
-            num_bytes += token_bytes[batch.labels_BS[batch.loss_mask_BS]].sum()
-        sums = sums + torch.cat([cross_entropy.double(), num_targets, num_bytes])
+        cross_entropy, num_targets = model.cross_entropy(
+            b.ids_BS, b.labels_BS, b.loss_mask_BS, b.documents
+        )
+        num_bytes = num_targets.new_tensor([batch.num_bytes(token_bytes)])
+        sums = sums + torch.cat([cross_entropy, num_targets, num_bytes])
     totals = global_sum(sums, ranks).tolist()
     heads = len(totals) // 2
     cross_entropy, num_targets, num_bytes = totals[:heads], totals[heads:-1], totals[-1]

@@ -60,7 +60,16 @@ def test_operands_are_exact_in_bf16(format: OperandFormat, shape: tuple[int, int
     assert rms_ratio(operand.values.double() * factor, expected) < 2e-7
 
 
-@pytest.mark.parametrize("format", [NEAREST, mxfp8_format()], ids=["nvfp4", "mxfp8"])
+@pytest.mark.parametrize(
+    "format",
+    [
+        NEAREST,
+        nvfp4_format(stochastic=False, hadamard=False),
+        nvfp4_format(stochastic=False, square=False),
+        mxfp8_format(),
+    ],
+    ids=["nvfp4", "no-hadamard", "no-square", "mxfp8"],
+)
 @pytest.mark.parametrize(("tokens", "width", "out"), [(48, 64, 80), (33, 50, 17)])
 def test_each_product_is_that_of_its_operands(
     format: LinearFormat, tokens: int, width: int, out: int

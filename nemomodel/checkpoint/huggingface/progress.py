@@ -1,72 +1,26 @@
 """How far a conversion is, for people."""
 
-import sys
-import time
-from types import TracebackType
-from typing import Self
+from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, TransferSpeedColumn
 
-LINE_INTERVAL = 10.0
-"""Seconds between plain lines."""
+from nemomodel.progress import Report
 
 
-class ByteProgress:
-    """A bar on a terminal, plain lines elsewhere; both on standard error."""
+class ByteProgress(Report):
+    """Of a known number of bytes."""
 
     def __init__(self, what: str, num_bytes: int):
-        self._what, self._total, self._done = what, num_bytes, 0
-        self._started = self._last = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task(what, total=num_bytes)
-
-    def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
-        elif error is None:
-            print(self._line(), file=sys.stderr)
+        self._total, self._done = num_bytes, 0
+        super().__init__(what, DownloadColumn(), TransferSpeedColumn())
 
     def advance(self, num_bytes: int) -> None:
         self._done += num_bytes
-        now = time.monotonic()
-        if self._bar:
-            self._bar.update(self._task, completed=self._done)
-        elif now - self._last > LINE_INTERVAL:
-            self._last = now
-            print(self._line(), file=sys.stderr, flush=True)
+        self.moved()
 
-    def _line(self) -> str:
-        seconds = max(time.monotonic() - self._started, 1e-3)
-        line = f"{self._what}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB"
-        line += f", {self._done / seconds / 1e6:.0f} MB/s, {seconds:.0f} s"
-        if 0 < self._done < self._total:
-            line += f", {seconds * (self._total / self._done - 1):.0f} s left"
-        return line
+    def state(self) -> dict[str, Any]:
+        return {"completed": self._done, "total": self._total}
+
+    def rate(self) -> str:
+        parts = f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB"
+        return f"{parts}, {self._done / self.seconds / 1e6:.0f} MB/s, {self.seconds:.0f} s"
