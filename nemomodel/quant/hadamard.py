@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemomodel.ops.precision import wide
+
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 """Of size 16: the one vector for all layers, ranks and steps of Transformer Engine
 (pytorch/tensor/nvfp4_tensor.py @ d0067d0d)."""
@@ -43,10 +45,18 @@ def transform_rows(x_TC: Tensor, matrix: Tensor) -> Tensor:
 
     Applied to both operands of dy^T x along the tokens it cancels. x_TC keeps its layout; the
     sums are FP32 and are rounded to x's dtype, as Transformer Engine rounds them to BF16.
+
+    Args:
+        matrix: of `hadamard_matrix`; its first column says the signs.
+
+    Sums and differences of neighbours, log2(size) times (Pease's order): a matrix product adds in
+    an order of its own on every device, and here every executor has to give the same bits.
     """
     size = len(matrix)
-    T, C = x_TC.shape
-    if T % size:
-        x_TC = F.pad(x_TC, (0, 0, 0, -T % size))
-    groups = x_TC.view(-1, size, C)
-    return (matrix.T.to(x_TC) @ groups).view(-1, C)
+    if len(x_TC) % size:
+        x_TC = F.pad(x_TC, (0, 0, 0, -len(x_TC) % size))
+    mixed = wide(x_TC).unflatten(0, (-1, size)) * matrix[:, :1]
+    for _ in range(size.bit_length() - 1):
+        even, odd = mixed[:, 0::2], mixed[:, 1::2]
+        mixed = torch.cat([even + odd, even - odd], dim=1)
+    return mixed.flatten(0, 1).to(x_TC.dtype)
