@@ -5,6 +5,7 @@ key = value: what is wrong; what would be right.
 
 from collections.abc import Iterator
 
+from nemomodel.config import precision
 from nemomodel.config.pattern import LayerKind, parse_pattern
 from nemomodel.config.schema import Config, ModelConfig
 
@@ -14,7 +15,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from model_problems(config.model)
     if not list(_patterns(config.model)):
         yield from _recompute(config)
-    yield from _precision(config)
+        yield from precision.problems(config)
     yield from _parallel(config)
     yield from _train(config)
     yield from _schedule(config)
@@ -120,22 +121,6 @@ def _recompute(config: Config) -> Iterator[str]:
                 f"train.recompute={name!r} has no effect: the model has no such layer; "
                 f"use some of {', '.join(sorted(used))}"
             )
-
-
-def _precision(config: Config) -> Iterator[str]:
-    recipe, last = config.precision.recipe, config.precision.bf16_last_layers
-    if last is None:
-        return
-    if recipe in ("bf16", "fp32"):
-        yield (
-            f"precision.bf16_last_layers={last} has no effect with precision.recipe={recipe!r}; "
-            "remove it, or use a recipe that quantises"
-        )
-    elif last >= (number := len(config.model.layer_pattern)):
-        yield (
-            f"precision.bf16_last_layers={last} leaves no layer of the {number} of "
-            f"model.layer_pattern to quantise; use at most {number - 1}, or precision.recipe='bf16'"
-        )
 
 
 def _parallel(config: Config) -> Iterator[str]:

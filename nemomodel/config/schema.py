@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import AllowInfNan
 
 from nemomodel.config.pattern import LayerKind, parse_pattern
+from nemomodel.config.recipe import RecipeName
 
 Count = Annotated[int, Gt(0)]
 """A whole number of at least 1."""
@@ -168,15 +169,32 @@ def weight_format(recipe: str) -> Literal["bf16", "fp32"]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionConfig:
-    recipe: Literal["bf16", "fp32", "nvfp4_super", "nvfp4", "mxfp8"] = "bf16"
-    """Format of weights and activations. The last three multiply quantised operands in linear
-    layers: as Nemotron 3 Super (NVFP4 but for the last layers, attention, latent projections and
-    MTP; Mamba's out_proj in MXFP8), or every linear of the backbone in one format; all else is
-    BF16. Master weights, gradient accumulation and optimizer state are FP32 in every recipe."""
+class PhaseConfig:
+    from_tokens: Count
+    """Tokens before the phase: it begins with the first step whose first token is that far."""
+    recipe: RecipeName
+    """As precision.recipe. fp32 cannot be mixed with others: weights have one format."""
     bf16_last_layers: Annotated[int, Ge(0)] | None = None
-    """Blocks at the end of the backbone that are not quantised; none: the recipe's share, 15 % of
-    them for nvfp4_super."""
+    """As precision.bf16_last_layers, for this phase alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    recipe: RecipeName = "bf16"
+    """Format of weights and activations. Those after fp32 multiply quantised operands in linear
+    layers: as Nemotron 3 Super (NVFP4 but for the last layers, attention, latent projections and
+    MTP; Mamba's out_proj in MXFP8), as the 12B model of the NVFP4 paper (all but the first two and
+    last eight blocks), every linear of the backbone in one format, and nvfp4_super with one thing
+    changed (docs/numerics.md); all else is BF16. Master weights, gradient accumulation and
+    optimizer state are FP32 in every recipe."""
+    bf16_last_layers: Annotated[int, Ge(0)] | None = None
+    """Blocks at the end of the backbone that are not quantised; none: what the recipe says, 15 %
+    of them for nvfp4_super."""
+    executor: Literal["emulated", "transformer_engine"] = "emulated"
+    """What multiplies quantised operands: exact emulation on any device, or Transformer Engine on
+    a GPU that has the formats."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Later recipes, in their order: from a number of tokens on, each until the next."""
 
     @property
     def weights(self) -> Literal["bf16", "fp32"]:

@@ -1,20 +1,30 @@
-"""Give the linear layers of a model the formats of a recipe."""
+"""Give the linear layers of a model the formats of a recipe, phase by phase."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from nemomodel.config.pattern import LayerKind
+from nemomodel.config.precision import Phase
+from nemomodel.config.recipe import Place, Role
 from nemomodel.model.block import Block
 from nemomodel.model.layers import Linear
+from nemomodel.model.moe import Experts
 from nemomodel.model.nemotron import Nemotron
 from nemomodel.quant.linear import LinearFormat, QuantizedLinear
-from nemomodel.quant.recipe import Place, Recipe, Role
+from nemomodel.quant.recipe import FORMATS
 
 ROLES = {
     LayerKind.MAMBA: {"in_proj": Role.MAMBA_IN, "out_proj": Role.MAMBA_OUT},
-    LayerKind.ATTENTION: {"qkv_proj": Role.ATTENTION_QKV, "out_proj": Role.ATTENTION_OUT},
+    LayerKind.ATTENTION: {
+        "qkv_proj": Role.ATTENTION_QKV,
+        "q_proj": Role.ATTENTION_QKV,
+        "k_proj": Role.ATTENTION_QKV,
+        "v_proj": Role.ATTENTION_QKV,
+        "out_proj": Role.ATTENTION_OUT,
+    },
     LayerKind.MOE: {
         "latent_down": Role.LATENT_DOWN,
         "latent_up": Role.LATENT_UP,
@@ -28,64 +38,100 @@ ROLES = {
 """Every linear layer of a mixer by its name there."""
 
 
+class Slot(NamedTuple):
+    """Where the quantised products of a linear layer go."""
+
+    name: str
+    place: Place
+    owner: nn.Module
+    attribute: str
+
+
 class Quantization:
-    """The quantised layers of a model.
+    """The quantised layers of a model; which they are changes with the phases of its run.
 
     Args:
-        recipe: None quantises nothing.
-        last_layers: blocks at the end that are not quantised, in place of the recipe's share.
+        phases: in order; the first one holds from the start.
         seed: of stochastic rounding.
     """
 
-    def __init__(
-        self, model: Nemotron, recipe: Recipe | None, *, last_layers: int | None, seed: int
-    ) -> None:
+    def __init__(self, model: Nemotron, phases: Sequence[Phase], *, seed: int) -> None:
         self.layers: dict[str, QuantizedLinear] = {}
-        self._count: Counter[tuple[Role, LinearFormat | None]] = Counter()
-        if recipe is None:
-            return
-        for name, owner, attribute, place in _linears(model):
-            format = recipe.format(place, last_layers=last_layers)
-            self._count[place.role, format] += 1
-            if format:
-                self.layers[name] = QuantizedLinear(format, name=name, seed=seed)
-                setattr(owner, attribute, self.layers[name])
+        """By name, in the phase of the last `begin`."""
+        self.roles: dict[str, Role] = {}
+        """Of every linear layer, quantised or not."""
+        self.observer: Any = None
+        """Given to every layer by `begin`; None observes nothing."""
+        self._slots = list(_slots(model))
+        self.roles = {slot.name: slot.place.role for slot in self._slots}
+        self._phases, self._seed = tuple(phases), seed
+        self._enter(self._phases[0])
 
     def begin(self, step: int, micro_batch: int) -> None:
         """Call before each forward pass; see `QuantizedLinear.begin`."""
+        self._begin(self.phase(step), step, micro_batch)
+
+    def begin_validation(self, step: int) -> None:
+        """Call before a validation after `step`: in its phase, with the weights it has made."""
+        self._begin(self.phase(step), step + 1, 0)
+
+    def phase(self, step: int) -> Phase:
+        """The one a step is in, whatever step was last."""
+        return [phase for phase in self._phases if phase.first_step <= step][-1]
+
+    def describe(self, phase: Phase) -> list[str]:
+        """One line per format: what the three products do, and how many layers of which roles."""
+        roles: dict[LinearFormat | None, Counter[Role]] = {}
+        for slot in self._slots:
+            roles.setdefault(_format(phase, slot), Counter())[slot.place.role] += 1
+        return [
+            f"{f'emulated {format}' if format else 'not quantised'}: "
+            + ", ".join(f"{role} ({number})" for role, number in counts.items())
+            for format, counts in roles.items()
+        ]
+
+    def _begin(self, phase: Phase, step: int, micro_batch: int) -> None:
+        if phase != self._phase:
+            self._enter(phase)
         for layer in self.layers.values():
+            layer.observer = self.observer
             layer.begin(step, micro_batch)
 
-    def describe(self) -> list[str]:
-        """One line per format: what the three products do, and how many layers of which roles."""
-        roles: dict[LinearFormat | None, list[str]] = {}
-        for (role, format), number in self._count.items():
-            roles.setdefault(format, []).append(f"{role} ({number})")
-        return [f"{format or 'BF16'}: {', '.join(names)}" for format, names in roles.items()]
+    def _enter(self, phase: Phase) -> None:
+        self._phase, self.layers = phase, {}
+        for slot in self._slots:
+            layer = None
+            if format := _format(phase, slot):
+                layer = QuantizedLinear(format, name=slot.name, seed=self._seed)
+                self.layers[slot.name] = layer
+            setattr(slot.owner, slot.attribute, layer)
 
 
-def _linears(model: Nemotron) -> Iterator[tuple[str, nn.Module, str, Place]]:
-    """Name, module and attribute that hold the quantised products, and place, of every linear."""
-    num_layers = len(model.blocks)
+def _format(phase: Phase, slot: Slot) -> LinearFormat | None:
+    name = phase.format(slot.place)
+    return FORMATS[name] if name else None
+
+
+def _slots(model: Nemotron) -> Iterator[Slot]:
+    num_layers = len(model.config.layers)
     for i, block in enumerate(model.blocks):
         yield from _of_block(f"blocks.{i}", block, i, num_layers, in_mtp=False)
     for j, mtp_block in enumerate(model.mtp.blocks if model.mtp else ()):
         place = Place(Role.MTP_PROJ, 0, num_layers, in_mtp=True)
-        yield f"mtp.blocks.{j}.eh_proj", mtp_block.eh_proj, "quantized", place
+        yield Slot(f"mtp.blocks.{j}.eh_proj", place, mtp_block.eh_proj, "quantized")
         for i, block in enumerate(mtp_block.layers):
             yield from _of_block(f"mtp.blocks.{j}.layers.{i}", block, i, num_layers, in_mtp=True)
 
 
 def _of_block(
     name: str, block: Block, layer: int, num_layers: int, *, in_mtp: bool
-) -> Iterator[tuple[str, nn.Module, str, Place]]:
-    for path, role in ROLES[block.kind].items():
-        place = Place(role, layer, num_layers, in_mtp)
-        parent, _, attribute = path.rpartition(".")
-        if parent == "experts":
-            owner, holder = block.mixer.experts, f"quantized_{attribute}"
-        else:
-            owner, holder = block.mixer.get_submodule(path), "quantized"
-            if not isinstance(owner, Linear):  # the plain MoE has no latent projections
-                continue
-        yield f"{name}.mixer.{path}", owner, holder, place
+) -> Iterator[Slot]:
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for path, module in block.mixer.named_modules():
+        if isinstance(module, Linear):
+            found[path] = module, "quantized"
+        if isinstance(module, Experts):
+            found |= {f"{path}.{fc}": (module, f"quantized_{fc}") for fc in ("fc1", "fc2")}
+    for path, (owner, attribute) in found.items():
+        place = Place(ROLES[block.kind][path], layer, num_layers, in_mtp)
+        yield Slot(f"{name}.mixer.{path}", place, owner, attribute)

@@ -19,11 +19,12 @@ from nemomodel.quant.rounding import stream_key
 class ProductFormat:
     """The two operands in the order they are multiplied."""
 
-    left: OperandFormat
+    left: OperandFormat | None
+    """None is not quantised."""
     right: OperandFormat
 
     def __str__(self) -> str:
-        return f"{self.left} x {self.right}"
+        return f"{self.left or 'BF16'} x {self.right}"
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,10 @@ class QuantizedLinear:
         return found
 
     def _quantize(
-        self, x_TC: Tensor, format: OperandFormat, operand: str, expert: int, call: int
+        self, x_TC: Tensor, format: OperandFormat | None, operand: str, expert: int, call: int
     ) -> ExactOperand:
+        if format is None:
+            return ExactOperand(x_TC, None)
         key = None
         if format.stochastic:
             place = self._step, self._micro_batch, self.name, operand, expert, call

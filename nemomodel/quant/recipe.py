@@ -1,43 +1,21 @@
-"""Which product of which linear layer is quantised, and how: a recipe as plain data."""
+"""What the formats of a recipe are, product by product and operand by operand, as plain data.
+
+Which layers have them is in config/recipe.py.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
+from types import MappingProxyType
 
 from nemomodel.quant.linear import LinearFormat, ProductFormat
 from nemomodel.quant.operand import OperandFormat
 
 
-class Role(StrEnum):
-    """What a linear layer is in its block."""
-
-    MAMBA_IN = "mamba.in_proj"
-    MAMBA_OUT = "mamba.out_proj"
-    ATTENTION_QKV = "attention.qkv_proj"
-    ATTENTION_OUT = "attention.out_proj"
-    LATENT_DOWN = "moe.latent_down"
-    LATENT_UP = "moe.latent_up"
-    EXPERT_FC1 = "moe.experts.fc1"
-    EXPERT_FC2 = "moe.experts.fc2"
-    SHARED_FC1 = "moe.shared_expert.fc1"
-    SHARED_FC2 = "moe.shared_expert.fc2"
-    MLP_FC1 = "mlp.fc1"
-    MLP_FC2 = "mlp.fc2"
-    MTP_PROJ = "mtp.eh_proj"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a linear layer is: its role, and its block's index in the backbone or in MTP."""
-
-    role: Role
-    layer: int
-    num_layers: int
-    in_mtp: bool
-
-
 def nvfp4_format(
-    *, stochastic: bool = True, hadamard: bool = True, square: bool = True
+    *,
+    stochastic: bool = True,
+    hadamard: bool = True,
+    square: bool = True,
 ) -> LinearFormat:
     """All three products in NVFP4 (arXiv:2509.25149 section 4; TransformerEngine @ d0067d0d).
 
@@ -68,38 +46,55 @@ def mxfp8_format() -> LinearFormat:
     )
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Formats by role in the backbone; what has none, or is excepted, is not quantised."""
-
-    name: str
-    formats: Mapping[Role, LinearFormat]
-    last_share: float = 0.0
-    """Share of the backbone's blocks, counted from the last, that is not quantised."""
-
-    def format(self, place: Place, *, last_layers: int | None = None) -> LinearFormat | None:
-        """
-        Args:
-            last_layers: blocks at the end that are not quantised, in place of `last_share`.
-        """
-        if place.in_mtp:
-            return None
-        kept = round(self.last_share * place.num_layers) if last_layers is None else last_layers
-        return self.formats.get(place.role) if place.layer < place.num_layers - kept else None
-
-
-_PROJECTIONS = {Role.ATTENTION_QKV, Role.ATTENTION_OUT, Role.LATENT_DOWN, Role.LATENT_UP}
-_SUPER = {role: nvfp4_format() for role in set(Role) - _PROJECTIONS - {Role.MTP_PROJ}}
-_SUPER[Role.MAMBA_OUT] = mxfp8_format()
-
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        # Nemotron 3 Super, table 3: the last 15 % of layers, attention, latent projections, MTP,
-        # embeddings and head in BF16, Mamba's out_proj in MXFP8.
-        Recipe("nvfp4_super", _SUPER, last_share=0.15),
-        # Every linear of the backbone.
-        Recipe("nvfp4", {role: nvfp4_format() for role in Role}),
-        Recipe("mxfp8", {role: mxfp8_format() for role in Role}),
+def weights_only(format: LinearFormat) -> LinearFormat:
+    """Activations and gradients stay BF16."""
+    assert format.fprop
+    assert format.dgrad
+    return LinearFormat(
+        fprop=replace(format.fprop, left=None), dgrad=replace(format.dgrad, left=None), wgrad=None
     )
-}
+
+
+def forward_only(format: LinearFormat) -> LinearFormat:
+    """Only fprop is quantised."""
+    return replace(format, dgrad=None, wgrad=None)
+
+
+def backward_only(format: LinearFormat) -> LinearFormat:
+    """Only dgrad and wgrad are quantised."""
+    return replace(format, fprop=None)
+
+
+def _sr_activations() -> LinearFormat:
+    """Activations round stochastically too, in fprop and wgrad."""
+    format = nvfp4_format()
+    assert format.fprop
+    assert format.wgrad
+    return replace(
+        format,
+        fprop=replace(format.fprop, left=replace(format.fprop.left, stochastic=True)),
+        wgrad=replace(format.wgrad, right=replace(format.wgrad.right, stochastic=True)),
+    )
+
+
+FORMATS: Mapping[str, LinearFormat] = MappingProxyType(
+    {
+        "nvfp4": nvfp4_format(),
+        "mxfp8": mxfp8_format(),
+        "nvfp4_no_rht": nvfp4_format(hadamard=False),
+        "nvfp4_no_sr": nvfp4_format(stochastic=False),
+        "nvfp4_no_2d": nvfp4_format(square=False),
+        "nvfp4_weights_only": weights_only(nvfp4_format()),
+        "mxfp8_weights_only": weights_only(mxfp8_format()),
+        # Without a quantised dgrad nothing has to agree with fprop's weight, so it has narrow
+        # blocks: arXiv:2509.25149, on the switch to a BF16 backward pass.
+        "nvfp4_forward_only": forward_only(nvfp4_format(square=False)),
+        "mxfp8_forward_only": forward_only(mxfp8_format()),
+        "nvfp4_backward_only": backward_only(nvfp4_format()),
+        "mxfp8_backward_only": backward_only(mxfp8_format()),
+        "nvfp4_sr_activations": _sr_activations(),
+        "nvfp4_sr_dgrad": replace(nvfp4_format(), wgrad=nvfp4_format(stochastic=False).wgrad),
+        "nvfp4_sr_wgrad": replace(nvfp4_format(), dgrad=nvfp4_format(stochastic=False).dgrad),
+    }
+)
+"""By the names that config/recipe.py gives them."""

@@ -15,6 +15,7 @@ from nemomodel.checkpoint.state import Engine
 from nemomodel.checkpoint.weights import load_weights
 from nemomodel.config.load import ConfigError, config_to_dict
 from nemomodel.config.pattern import LayerKind
+from nemomodel.config.precision import phases
 from nemomodel.config.schema import Config
 from nemomodel.data.batch import TokenData, open_data
 from nemomodel.data.token_bytes import token_bytes
@@ -35,7 +36,6 @@ from nemomodel.parallel.mcore import (
     stop_ranks,
     wrap_ddp,
 )
-from nemomodel.quant.recipe import RECIPES
 from nemomodel.train.faults import EXIT_INTERRUPTED, NotFiniteError, StopRequest, stop_request
 from nemomodel.train.meter import Meter, expert_loads, losses_per_token
 from nemomodel.train.step import DeviceBatch, count_targets, forward_backward, update
@@ -124,12 +124,7 @@ def build_engine(config: Config, ranks: Ranks) -> Engine:
             recompute=frozenset(LayerKind[name.upper()] for name in config.train.recompute),
         )
     initialize(model, seed=config.run.seed)
-    model.quantization = Quantization(
-        model,
-        RECIPES.get(config.precision.recipe),
-        last_layers=config.precision.bf16_last_layers,
-        seed=config.run.seed,
-    )
+    model.quantization = Quantization(model, phases(config), seed=config.run.seed)
     ddp = wrap_ddp(model, config, ranks)
     optimizer = build_optimizer(ddp, config, ranks)
     return Engine(ddp, optimizer, build_scheduler(optimizer, config))
@@ -158,6 +153,7 @@ def _train(
         peak_flops=peak.flops * ranks.world_size,
         device=ranks.device,
     )
+    quantization = engine.ddp.module.quantization
     saved = progress.step
     exit_code = 0
 
@@ -168,6 +164,8 @@ def _train(
         if stop:
             last, exit_code = step - 1, EXIT_INTERRUPTED
             break
+        if (phase := quantization.phase(step)).first_step == step > 1:
+            log.info("step %d begins a precision phase: %s", step, phase)
         lr = engine.optimizer.param_groups[0]["lr"]
         with meter.computing():
             losses = forward_backward(
@@ -195,8 +193,7 @@ def _train(
         if data.has_validation and _due(step, train.validation_interval, train.steps):
             with meter.paused():
                 pieces = data.validation(dp_rank=ranks.dp_rank, dp_size=ranks.dp_size)
-                # The weights are those that the next step begins with.
-                engine.ddp.module.quantization.begin(step + 1, 0)
+                quantization.begin_validation(step)
                 values |= validate(engine.ddp.module, pieces, ranks, token_bytes=bytes_V)
         if values:
             write_metrics(sinks, step, values)
@@ -263,15 +260,16 @@ def _announce(
         config.model.layer_pattern,
     )
     log.info(
-        "device: %s, %d rank(s), recipe %s, peak %.3g FLOP/s each (%s)",
+        "device: %s, %d rank(s), peak %.3g FLOP/s each (%s)",
         ranks.device.type,
         ranks.world_size,
-        config.precision.recipe,
         peak.flops,
         peak.source,
     )
-    for line in quantization.describe():
-        log.info("emulated: %s", line)
+    for phase in phases(config):
+        log.info("step %d on: %s", phase.first_step, phase)
+        for line in quantization.describe(phase):
+            log.info("  %s", line)
     for line in (*backend.describe(ranks.device), *data.describe()):
         log.info(line)
     if progress.step:

@@ -1,18 +1,22 @@
 """Configs load, errors say what is wrong and what would be right, nothing is ignored."""
 
 import json
+import typing
 from pathlib import Path
 
 import pytest
 
+from nemomodel.config import precision
 from nemomodel.config.checks import rank_problems
 from nemomodel.config.help import documentation, help_text, undocumented
 from nemomodel.config.load import ConfigError, config_to_dict, load_config, parse_config
 from nemomodel.config.pattern import LayerKind, parse_pattern
-from nemomodel.config.schema import Config, SourceConfig
+from nemomodel.config.recipe import RecipeName
+from nemomodel.config.schema import Config, PhaseConfig, SourceConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "tiny.toml"
+RECIPE_NAMES = typing.get_args(RecipeName)
 
 
 def load(*overrides: str) -> Config:
@@ -157,8 +161,17 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
         ("optim.beta2=1", "optim.beta2=1: is not allowed; use a value below 1.0"),
         (
             "precision.recipe=fp8",
-            'precision.recipe="fp8": is not allowed; '
-            "use 'bf16', 'fp32', 'nvfp4_super', 'nvfp4' or 'mxfp8'",
+            'precision.recipe="fp8": is not allowed; use '
+            + " or ".join((", ".join(map(repr, RECIPE_NAMES[:-1])), repr(RECIPE_NAMES[-1]))),
+        ),
+        (
+            "precision.executor=te",
+            "precision.executor=\"te\": is not allowed; use 'emulated' or 'transformer_engine'",
+        ),
+        (
+            "precision.executor=transformer_engine",
+            "precision.executor='transformer_engine' has no effect with precision.recipe='fp32'; "
+            "remove it, or use a recipe that quantises",
         ),
         ("train.recompute=moe", 'train.recompute="moe": is not allowed; use a list'),
         (
@@ -289,11 +302,137 @@ def test_a_wrong_value_is_the_one_problem_named(override: str, problem: str) -> 
     assert problems(override) == [problem]
 
 
-def test_a_recipe_that_quantises_nothing_is_refused() -> None:
-    assert problems("precision.recipe=nvfp4", "precision.bf16_last_layers=6") == [
-        "precision.bf16_last_layers=6 leaves no layer of the 6 of model.layer_pattern to "
-        "quantise; use at most 5, or precision.recipe='bf16'"
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ("precision.recipe=nvfp4", "precision.bf16_last_layers=6"),
+            "precision.bf16_last_layers=6 leaves no layer of the 6 of model.layer_pattern to "
+            "quantise; use at most 5, or precision.recipe='bf16'",
+        ),
+        (
+            ("precision.recipe=nvfp4_12b",),
+            "precision.recipe='nvfp4_12b' selects no linear layer of model.layer_pattern="
+            "'ME*-ME'; use precision.bf16_last_layers=3, or precision.recipe='bf16'",
+        ),
+        (
+            # Attention alone, which the recipe leaves in BF16.
+            (
+                "precision.recipe=nvfp4_super",
+                "model.layer_pattern=**",
+                "model.mamba=none",
+                "model.ffn_size=none",
+            ),
+            "precision.recipe='nvfp4_super' selects no linear layer of model.layer_pattern='**'; "
+            "use another recipe, or precision.recipe='bf16'",
+        ),
+    ],
+)
+def test_a_recipe_that_quantises_nothing_is_refused(
+    overrides: tuple[str, ...], problem: str
+) -> None:
+    assert problems(*overrides) == [problem]
+
+
+def phases(*tables: str) -> tuple[str, str]:
+    return "precision.recipe=nvfp4", f"precision.phases=[{', '.join(tables)}]"
+
+
+def test_phases_begin_with_the_step_whose_first_token_is_that_far() -> None:
+    """A step of tiny.toml has 2,048 tokens."""
+    tables = (
+        '{from_tokens = 2048, recipe = "nvfp4_super"}',
+        '{from_tokens = 4097, recipe = "nvfp4_super", bf16_last_layers = 3}',
+        '{from_tokens = 817152, recipe = "bf16"}',
+    )
+    found = precision.phases(load(*phases(*tables)))
+    assert [(p.name, p.first_step, p.last_layers) for p in found] == [
+        ("nvfp4", 1, None),
+        ("nvfp4_super", 2, None),
+        ("nvfp4_super", 4, 3),
+        ("bf16", 400, None),
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            phases('{from_tokens = 0, recipe = "bf16"}'),
+            "precision.phases.0.from_tokens=0: is not allowed; use a value above 0",
+        ),
+        (phases("{from_tokens = 9}"), "precision.phases.0.recipe: required, and not given"),
+        (
+            phases('{from_tokens = 9, recipe = "bf16", last = 2}'),
+            "precision.phases.0.last: unknown key; known keys: from_tokens, recipe, "
+            "bf16_last_layers",
+        ),
+        (
+            phases('{from_tokens = 9, recipe = "fp32"}'),
+            "precision.phases.0.recipe='fp32' cannot follow 'nvfp4': weights are FP32 with 'fp32' "
+            "and BF16 with all others, in the whole run; use one kind",
+        ),
+        (
+            phases('{from_tokens = 817153, recipe = "bf16"}'),
+            "precision.phases.0.from_tokens=817153 is never reached: the last of train.steps=400 "
+            "begins with token 817152; use at most that",
+        ),
+        (
+            phases(
+                '{from_tokens = 9000, recipe = "bf16"}', '{from_tokens = 5000, recipe = "mxfp8"}'
+            ),
+            "precision.phases.1.from_tokens=5000 is not after precision.phases.0.from_tokens=9000; "
+            "list the phases in their order",
+        ),
+        (
+            phases(
+                '{from_tokens = 2049, recipe = "bf16"}', '{from_tokens = 4096, recipe = "mxfp8"}'
+            ),
+            "precision.phases.1.from_tokens=4096 leaves no step to precision.phases.0: both begin "
+            "with step 3, of 2048 tokens; use at least 4097",
+        ),
+        (
+            phases('{from_tokens = 9, recipe = "nvfp4"}'),
+            "precision.phases.0 has no effect: precision has the same recipe 'nvfp4'; "
+            "remove it, or use another recipe",
+        ),
+        (
+            phases('{from_tokens = 9, recipe = "bf16", bf16_last_layers = 2}'),
+            "precision.phases.0.bf16_last_layers=2 has no effect with precision.phases.0.recipe="
+            "'bf16'; remove it, or use a recipe that quantises",
+        ),
+        (
+            phases('{from_tokens = 9, recipe = "mxfp8", bf16_last_layers = 7}'),
+            "precision.phases.0.bf16_last_layers=7 leaves no layer of the 6 of model.layer_pattern "
+            "to quantise; use at most 5, or precision.phases.0.recipe='bf16'",
+        ),
+        (
+            (
+                "precision.recipe=nvfp4",
+                "precision.executor=transformer_engine",
+                "run.device=cpu",
+            ),
+            "precision.executor='transformer_engine' needs a GPU, and run.device='cpu'; "
+            "use precision.executor='emulated'",
+        ),
+    ],
+)
+def test_a_phase_or_executor_without_effect_is_refused(
+    overrides: tuple[str, ...], problem: str
+) -> None:
+    assert problems(*overrides) == [problem]
+
+
+def test_phases_are_tables_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "phases.toml"
+    table = '[[precision.phases]]\nfrom_tokens = 600_000\nrecipe = "nvfp4_super_backward_only"\n'
+    text = TINY.read_text().replace('recipe = "fp32"\n', f'recipe = "nvfp4_super"\n\n{table}')
+    file.write_text(text)
+    config = load_config(file)
+    assert config.precision.phases == (
+        PhaseConfig(from_tokens=600_000, recipe="nvfp4_super_backward_only"),
+    )
+    assert parse_config(config_to_dict(config), where="again") == config
 
 
 @pytest.mark.parametrize(

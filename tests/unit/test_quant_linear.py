@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from nemomodel.quant.formats import MXFP8_E4M3
 from nemomodel.quant.hadamard import hadamard_matrix, transform_rows
-from nemomodel.quant.linear import LinearFormat, QuantizedLinear
+from nemomodel.quant.linear import LinearFormat, ProductFormat, QuantizedLinear
 from nemomodel.quant.mx import quantize_mx
 from nemomodel.quant.nvfp4 import quantize_nvfp4
 from nemomodel.quant.operand import OperandFormat, product, quantize_operand
-from nemomodel.quant.recipe import RECIPES, Place, Role, mxfp8_format, nvfp4_format
+from nemomodel.quant.recipe import FORMATS as LINEAR_FORMATS
+from nemomodel.quant.recipe import mxfp8_format, nvfp4_format
 from tests.close import rms_ratio
 
 BF16_STEP = 2.0**-8
@@ -67,8 +68,15 @@ def test_operands_are_exact_in_bf16(format: OperandFormat, shape: tuple[int, int
         nvfp4_format(stochastic=False, hadamard=False),
         nvfp4_format(stochastic=False, square=False),
         mxfp8_format(),
+        LINEAR_FORMATS["nvfp4_weights_only"],
+        LINEAR_FORMATS["mxfp8_weights_only"],
+        LINEAR_FORMATS["nvfp4_forward_only"],
+        replace(NEAREST, fprop=None),
     ],
-    ids=["nvfp4", "no-hadamard", "no-square", "mxfp8"],
+    ids=[
+        *("nvfp4", "no-hadamard", "no-square", "mxfp8"),
+        *("weights", "mxfp8-weights", "forward", "backward"),
+    ],
 )
 @pytest.mark.parametrize(("tokens", "width", "out"), [(48, 64, 80), (33, 50, 17)])
 def test_each_product_is_that_of_its_operands(
@@ -79,10 +87,18 @@ def test_each_product_is_that_of_its_operands(
     dy = draw(tokens, out, seed=3)
     y = QuantizedLinear(format, name="layer", seed=0)(x, weight)
     y.backward(dy)
-    w = weight.detach()
-    fprop = decoded(x.detach(), format.fprop.left) @ decoded(w, format.fprop.right).T
-    dgrad = decoded(dy, format.dgrad.left) @ decoded(w, format.dgrad.right)
-    wgrad = decoded(dy, format.wgrad.left).T @ decoded(x.detach(), format.wgrad.right)
+
+    def operands(product: ProductFormat | None, left: Tensor, right: Tensor) -> list[Tensor]:
+        formats = (product.left, product.right) if product else (None, None)
+        return [
+            decoded(t.detach(), f) if f else t.detach().double()
+            for t, f in zip((left, right), formats, strict=True)
+        ]
+
+    x_fprop, w_fprop = operands(format.fprop, x, weight)
+    dy_dgrad, w_dgrad = operands(format.dgrad, dy, weight)
+    dy_wgrad, x_wgrad = operands(format.wgrad, dy, x)
+    fprop, dgrad, wgrad = x_fprop @ w_fprop.T, dy_dgrad @ w_dgrad, dy_wgrad.T @ x_wgrad
     for actual, expected in ((y, fprop), (x.grad, dgrad), (weight.grad, wgrad)):
         assert actual.dtype == torch.bfloat16
         # Rounded once, to BF16, after the FP32 factors.
@@ -183,23 +199,3 @@ def test_every_expert_is_a_linear_of_its_own() -> None:
     assert not y[~used].any()
     assert not leaf.grad[~used].any()
     assert not weight.grad[1].any()
-
-
-def test_super_recipe_says_what_the_paper_says() -> None:
-    recipe = RECIPES["nvfp4_super"]
-
-    def format(role: Role, layer: int = 0, *, in_mtp: bool = False) -> LinearFormat | None:
-        return recipe.format(Place(role, layer, 88, in_mtp), last_layers=14)
-
-    assert format(Role.MAMBA_IN) == format(Role.EXPERT_FC1) == format(Role.SHARED_FC2)
-    assert format(Role.MAMBA_IN) == nvfp4_format()
-    assert format(Role.MAMBA_OUT) == mxfp8_format()
-    assert format(Role.MAMBA_IN, 73)
-    assert format(Role.MAMBA_IN, 74) is None
-    for role in (Role.ATTENTION_QKV, Role.ATTENTION_OUT, Role.LATENT_DOWN, Role.LATENT_UP):
-        assert format(role) is None
-    assert format(Role.EXPERT_FC1, in_mtp=True) is None
-    fp4 = nvfp4_format()
-    assert (str(fp4.fprop.left), str(fp4.fprop.right)) == ("nvfp4 1x16", "nvfp4 16x16")
-    assert (str(fp4.dgrad.left), str(fp4.dgrad.right)) == ("nvfp4 1x16 SR", "nvfp4 16x16")
-    assert (str(fp4.wgrad.left), str(fp4.wgrad.right)) == ("nvfp4 16x1 SR RHT", "nvfp4 16x1 RHT")

@@ -1,0 +1,183 @@
+"""What the [precision] section means for a model: phases, layers, and rules between its keys."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from nemomodel.config.pattern import LayerKind
+from nemomodel.config.recipe import RECIPES, Place, Recipe, Role, roles_of
+from nemomodel.config.schema import Config, ModelConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps of a run that share a recipe."""
+
+    key: str
+    """Of the config section that says so."""
+    from_tokens: int
+    first_step: int
+    """The first step whose first token is that far; steps count from 1."""
+    name: str
+    last_layers: int | None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """None quantises nothing."""
+        return RECIPES.get(self.name)
+
+    def __str__(self) -> str:
+        last = "" if self.last_layers is None else f", last {self.last_layers} blocks BF16"
+        return f"recipe {self.name}{last}, from {self.from_tokens:,} tokens"
+
+    def format(self, place: Place) -> str | None:
+        """Name of the format of a linear layer; None is not quantised."""
+        recipe = self.recipe
+        return recipe.format(place, last_layers=self.last_layers) if recipe else None
+
+
+def phases(config: Config) -> tuple[Phase, ...]:
+    """The phases of a run in order; the first one begins at step 1."""
+    first = Phase("precision", 0, 1, config.precision.recipe, config.precision.bf16_last_layers)
+    step_tokens = config.train.global_batch_size * config.train.seq_length
+    return first, *(
+        Phase(
+            f"precision.phases.{i}",
+            phase.from_tokens,
+            1 + math.ceil(phase.from_tokens / step_tokens),
+            phase.recipe,
+            phase.bf16_last_layers,
+        )
+        for i, phase in enumerate(config.precision.phases)
+    )
+
+
+def places(model: ModelConfig) -> Iterator[Place]:
+    """Every linear layer of the whole model; queries, keys and values count as one."""
+    number = len(model.layers)
+    for i, kind in enumerate(model.layers):
+        yield from (Place(role, i, number, in_mtp=False) for role in _roles(model, kind))
+    for _ in range(model.num_mtp_blocks):
+        yield Place(Role.MTP_PROJ, 0, number, in_mtp=True)
+        for i, kind in enumerate(model.mtp_layers):
+            yield from (Place(role, i, number, in_mtp=True) for role in _roles(model, kind))
+
+
+def _roles(model: ModelConfig, kind: LayerKind) -> Iterator[Role]:
+    latent = model.moe is not None and model.moe.latent_size is not None
+    for role in roles_of(kind):
+        if latent or role not in (Role.LATENT_DOWN, Role.LATENT_UP):
+            yield role
+
+
+def describe(config: Config) -> list[dict[str, Any]]:
+    """One entry per phase, as data for JSON: where it begins, and its linear layers by format."""
+    return [
+        {
+            "from_step": phase.first_step,
+            "from_tokens": phase.from_tokens,
+            "recipe": phase.name,
+            "linear_layers": _by_format(config, phase),
+        }
+        for phase in phases(config)
+    ]
+
+
+def _by_format(config: Config, phase: Phase) -> dict[str, dict[str, int]]:
+    """Format -> role -> number of layers."""
+    found: dict[str, Counter[str]] = {}
+    for place in places(config.model):
+        format = phase.format(place) or config.precision.weights
+        found.setdefault(format, Counter())[place.role.value] += 1
+    return {format: dict(roles) for format, roles in found.items()}
+
+
+def problems(config: Config) -> Iterator[str]:
+    """Every rule that the section breaks in a model whose patterns are right."""
+    found = phases(config)
+    for phase in found:
+        yield from _selection(config, phase)
+    yield from _sequence(config, found)
+    yield from _executor(config, found)
+
+
+def _selection(config: Config, phase: Phase) -> Iterator[str]:
+    """A recipe or a number of layers that has no effect in this model."""
+    recipe, last, number = phase.recipe, phase.last_layers, len(config.model.layers)
+    if recipe is None:
+        if last is not None:
+            yield (
+                f"{phase.key}.bf16_last_layers={last} has no effect with {phase.key}.recipe="
+                f"{phase.name!r}; remove it, or use a recipe that quantises"
+            )
+        return
+
+    def selects(last_layers: int | None) -> bool:
+        return any(recipe.format(place, last_layers=last_layers) for place in places(config.model))
+
+    if selects(last):
+        return
+    possible = [n for n in range(number) if selects(n)]
+    if last is not None and possible:
+        yield (
+            f"{phase.key}.bf16_last_layers={last} leaves no layer of the {number} of "
+            f"model.layer_pattern to quantise; use at most {max(possible)}, or "
+            f"{phase.key}.recipe='bf16'"
+        )
+    else:
+        other = f"{phase.key}.bf16_last_layers={max(possible)}" if possible else "another recipe"
+        yield (
+            f"{phase.key}.recipe={phase.name!r} selects no linear layer of model.layer_pattern="
+            f"{config.model.layer_pattern!r}; use {other}, or {phase.key}.recipe='bf16'"
+        )
+
+
+def _sequence(config: Config, found: tuple[Phase, ...]) -> Iterator[str]:
+    """Phases that never run, or change nothing."""
+    steps, batch = config.train.steps, config.train.global_batch_size * config.train.seq_length
+    for before, phase in pairwise(found):
+        key = f"{phase.key}.from_tokens={phase.from_tokens}"
+        if "fp32" in (config.precision.recipe, phase.name) and phase.name != before.name:
+            yield (
+                f"{phase.key}.recipe={phase.name!r} cannot follow {before.name!r}: weights are "
+                "FP32 with 'fp32' and BF16 with all others, in the whole run; use one kind"
+            )
+        elif phase.first_step > steps:
+            yield (
+                f"{key} is never reached: the last of train.steps={steps} begins with token "
+                f"{(steps - 1) * batch}; use at most that"
+            )
+        elif phase.from_tokens <= before.from_tokens:
+            yield (
+                f"{key} is not after {before.key}.from_tokens={before.from_tokens}; "
+                "list the phases in their order"
+            )
+        elif phase.first_step == before.first_step:
+            yield (
+                f"{key} leaves no step to {before.key}: both begin with step {phase.first_step}, "
+                f"of {batch} tokens; use at least {before.first_step * batch - batch + 1}"
+            )
+        elif (phase.name, phase.last_layers) == (before.name, before.last_layers):
+            yield (
+                f"{phase.key} has no effect: {before.key} has the same recipe {phase.name!r}; "
+                "remove it, or use another recipe"
+            )
+
+
+def _executor(config: Config, found: tuple[Phase, ...]) -> Iterator[str]:
+    executor = config.precision.executor
+    if executor == "emulated":
+        return
+    if not any(phase.recipe for phase in found):
+        yield (
+            f"precision.executor={executor!r} has no effect with precision.recipe="
+            f"{config.precision.recipe!r}; remove it, or use a recipe that quantises"
+        )
+    elif config.run.device == "cpu":
+        yield (
+            f"precision.executor={executor!r} needs a GPU, and run.device='cpu'; "
+            "use precision.executor='emulated'"
+        )
