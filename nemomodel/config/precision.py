@@ -102,6 +102,7 @@ def problems(config: Config) -> Iterator[str]:
         yield from _selection(config, phase)
     yield from _sequence(config, found)
     yield from _executor(config, found)
+    yield from _statistics(config, found)
 
 
 def _selection(config: Config, phase: Phase) -> Iterator[str]:
@@ -181,3 +182,22 @@ def _executor(config: Config, found: tuple[Phase, ...]) -> Iterator[str]:
             f"precision.executor={executor!r} needs a GPU, and run.device='cpu'; "
             "use precision.executor='emulated'"
         )
+
+
+def _statistics(config: Config, found: tuple[Phase, ...]) -> Iterator[str]:
+    interval = config.observe.quantization_interval
+    if interval is None:
+        return
+    key = f"observe.quantization_interval={interval}"
+    if not any(phase.recipe for phase in found):
+        yield (
+            f"{key} has no effect with precision.recipe={config.precision.recipe!r}; "
+            "remove it, or use a recipe that quantises"
+        )
+    elif config.precision.executor != "emulated":
+        yield (
+            f"{key} has no effect with precision.executor={config.precision.executor!r}, which "
+            "does not show its operands; remove it, or use 'emulated'"
+        )
+    elif interval > config.train.steps:
+        yield f"{key} is never reached: train.steps={config.train.steps}; use at most that"

@@ -289,6 +289,9 @@ class CheckpointConfig:
 class ObserveConfig:
     log_interval: Count = 10
     """Steps between console lines and metrics records."""
+    quantization_interval: Count | None = None
+    """Steps between statistics of quantisation in the metrics, quant/..: noise, underflow,
+    saturation and scales of every operand. Such a step takes about twice as long; none: never."""
     tensorboard: bool = True
     """Write TensorBoard events into the run folder."""
     wandb_project: str | None = None

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from nemomodel.model.moe import Experts
 from nemomodel.model.nemotron import Nemotron
 from nemomodel.quant.linear import LinearFormat, QuantizedLinear
 from nemomodel.quant.recipe import FORMATS
+from nemomodel.quant.statistics import Observer
 
 ROLES = {
     LayerKind.MAMBA: {"in_proj": Role.MAMBA_IN, "out_proj": Role.MAMBA_OUT},
@@ -60,7 +61,7 @@ class Quantization:
         """By name, in the phase of the last `begin`."""
         self.roles: dict[str, Role] = {}
         """Of every linear layer, quantised or not."""
-        self.observer: Any = None
+        self.observer: Observer | None = None
         """Given to every layer by `begin`; None observes nothing."""
         self._slots = list(_slots(model))
         self.roles = {slot.name: slot.place.role for slot in self._slots}

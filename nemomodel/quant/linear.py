@@ -13,6 +13,7 @@ from torch import Tensor
 from nemomodel.ops.wgrad import deliver_grad
 from nemomodel.quant.operand import ExactOperand, OperandFormat, product, quantize_operand
 from nemomodel.quant.rounding import stream_key
+from nemomodel.quant.statistics import Observer
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class QuantizedLinear:
 
     def __init__(self, format: LinearFormat, *, name: str, seed: int) -> None:
         self.format, self.name, self.seed = format, name, seed
+        self.observer: Observer | None = None
+        """Is shown every operand; None costs nothing."""
         self._weights: dict[tuple[OperandFormat, int], ExactOperand] = {}
         self._step = self._micro_batch = self._calls = 0
 
@@ -105,7 +108,7 @@ class QuantizedLinear:
         """The quantised weight [O, I], made once per step."""
         if (found := self._weights.get((format, expert))) is None:
             found = self._weights[format, expert] = quantize_operand(weight.detach(), format)
-        return found
+        return self._shown("weight", weight, format, found)
 
     def _quantize(
         self, x_TC: Tensor, format: OperandFormat | None, operand: str, expert: int, call: int
@@ -116,7 +119,14 @@ class QuantizedLinear:
         if format.stochastic:
             place = self._step, self._micro_batch, self.name, operand, expert, call
             key = stream_key(self.seed, *place)
-        return quantize_operand(x_TC, format, key=key)
+        return self._shown(operand, x_TC, format, quantize_operand(x_TC, format, key=key))
+
+    def _shown(
+        self, operand: str, x_MK: Tensor, format: OperandFormat, exact: ExactOperand
+    ) -> ExactOperand:
+        if self.observer is not None:
+            self.observer.see(self.name, operand, x_MK, format, exact)
+        return exact
 
 
 def _transposed(operand: ExactOperand) -> ExactOperand:

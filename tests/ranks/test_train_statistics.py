@@ -1,0 +1,46 @@
+"""Statistics of quantisation in the metrics of a run."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.ranks.test_train import Result
+from tests.ranks.test_train import train as train  # the fixture
+
+SUPER = ("precision.recipe=nvfp4_super", "precision.bf16_last_layers=1")
+
+
+def quantised(record: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if name.startswith("quant/")}
+
+
+def test_sampled_steps_have_them_and_nothing_else_changes(train: Callable[..., Result]) -> None:
+    steps = ("train.stop_after=3", "train.validation_interval=1")
+    plain, _ = train("plain", *SUPER, *steps)
+    observed, _ = train("observed", *SUPER, *steps, "observe.quantization_interval=2")
+    assert [bool(quantised(record)) for record in observed] == [False, True, False]
+    found = quantised(observed[1])
+    assert [{k: v for k, v in r.items() if k not in found} for r in observed] == plain
+
+    operands = ("x", "weight", "dy", "x_along_tokens", "dy_along_tokens")
+    places = [name.rpartition("/")[0] for name in found if name.endswith("/sqnr_db")]
+    roles = {"mamba.in_proj": 0, "mamba.out_proj": 0, "moe.experts.fc1": 1, "moe.experts.fc2": 1}
+    roles |= {"moe.shared_expert.fc1": 1, "moe.shared_expert.fc2": 1}
+    wanted = {f"quant/{role}/{o}" for role in roles for o in operands}
+    wanted |= {f"quant/{role}/{layer}/{o}" for role, layer in roles.items() for o in operands}
+    mxfp8_out_proj = {f"quant/mamba.out_proj{layer}/weight_along_outputs" for layer in ("", "/0")}
+    assert set(places) == wanted | mxfp8_out_proj
+    for where in places:
+        decibels = found[f"{where}/sqnr_db"]
+        low, high = (25, 45) if "out_proj" in where else (12, 30)
+        assert low < decibels < high, where
+        assert 0 <= found[f"{where}/underflow"] < 0.5
+
+
+def test_two_ranks_record_what_one_does(train: Callable[..., Result]) -> None:
+    """Every micro-batch is rounded alike on any rank; gradients differ in the order of sums."""
+    overrides = (*SUPER, "train.stop_after=1", "observe.quantization_interval=1")
+    one, two = (quantised(train(f"{n}", *overrides, world=n)[0][0]) for n in (1, 2))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
