@@ -9,11 +9,13 @@ from types import FrameType
 from nemomodel.checkpoint.files import CheckpointError
 from nemomodel.config.load import ConfigError
 from nemomodel.data.source import DataError
+from nemomodel.quant.selftest import SelfTestError
 
 log = logging.getLogger(__name__)
 
 EXIT_BAD_INPUT = 2
-"""The config, a data file or the launch is wrong; published checkpoints are untouched."""
+"""The config, a data file, the launch or the quantiser of the device is wrong; published
+checkpoints are untouched."""
 EXIT_NOT_FINITE = 3
 """A gradient was not finite; the last checkpoint is from before that step."""
 EXIT_CHECKPOINT = 4
@@ -57,7 +59,7 @@ def stop_request() -> Iterator[StopRequest]:
 
 def exit_code_of(error: Exception) -> int | None:
     """The exit code of a fault whose message says all; None for a bug, which wants its trace."""
-    if isinstance(error, ConfigError | DataError):
+    if isinstance(error, ConfigError | DataError | SelfTestError):
         return EXIT_BAD_INPUT
     if isinstance(error, NotFiniteError):
         return EXIT_NOT_FINITE

@@ -36,7 +36,7 @@ from nemomodel.parallel.mcore import (
     stop_ranks,
     wrap_ddp,
 )
-from nemomodel.quant.statistics import Observer
+from nemomodel.quant.selftest import self_test
 from nemomodel.train.faults import EXIT_INTERRUPTED, NotFiniteError, StopRequest, stop_request
 from nemomodel.train.meter import Meter, expert_loads, losses_per_token
 from nemomodel.train.step import DeviceBatch, count_targets, forward_backward, update
@@ -53,6 +53,7 @@ def run(config: Config) -> int:
 
     Raises:
         ConfigError: before anything is written but the run folder.
+        SelfTestError: the quantiser of the device is wrong; nothing was started.
         DataError, CheckpointError, NotFiniteError: the published checkpoints are intact.
     """
     _check_packages(config)
@@ -63,6 +64,7 @@ def run(config: Config) -> int:
     setup_logging(ranks.rank)
     try:
         with stop_request() as request:
+            _check_quantizer(config, ranks)
             data = open_data(
                 config.data,
                 train=config.train,
@@ -155,8 +157,6 @@ def _train(
         device=ranks.device,
     )
     quantization = engine.ddp.module.quantization
-    sampling = config.observe.quantization_interval
-    observer = Observer(quantization.roles, ranks.device) if sampling else None
     saved = progress.step
     exit_code = 0
 
@@ -170,7 +170,6 @@ def _train(
         if (phase := quantization.phase(step)).first_step == step > 1:
             log.info("step %d begins a precision phase: %s", step, phase)
         lr = engine.optimizer.param_groups[0]["lr"]
-        quantization.observer = observer if sampling and step % sampling == 0 else None
         with meter.computing():
             losses = forward_backward(
                 batches,
@@ -189,9 +188,6 @@ def _train(
         tokens += step_tokens
 
         values: dict[str, float] = {}
-        if quantization.observer is not None:
-            values |= quantization.observer.read()
-            quantization.observer = None
         if step % config.observe.log_interval == 0 or step in (1, train.steps):
             values |= losses_per_token(losses, num_targets, ranks)
             values |= {"optim/grad_norm": grad_norm, "optim/lr": lr}
@@ -225,6 +221,12 @@ def _check_packages(config: Config) -> None:
         check_backends(config.observe)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _check_quantizer(config: Config, ranks: Ranks) -> None:
+    if any(phase.recipe for phase in phases(config)):
+        self_test(ranks.device)
+        log.info("self-test of the quantiser on %s: passed", ranks.device)
 
 
 @contextmanager

@@ -1,0 +1,217 @@
+"""A test of the quantiser before training, on the device and with the code that will run.
+
+A quantiser that is wrong still trains, a little worse: there are parts and drivers on which
+stochastic rounding gave zeros without a word (TransformerEngine pull request 3281).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemomodel.quant.formats import E2M1
+from nemomodel.quant.hadamard import SIGNS
+from nemomodel.quant.operand import (
+    ExactOperand,
+    OperandFormat,
+    product,
+    quantize_operand,
+)
+from nemomodel.quant.rounding import stream_key
+
+
+class SelfTestError(RuntimeError):
+    """The quantiser of this device does not compute what it should."""
+
+
+class Block(NamedTuple):
+    """Half of a block; the other half is its negative."""
+
+    elements: tuple[float, ...]
+    scale: float
+    codes: tuple[float, ...]
+
+
+_TIE_CODES = (0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0)
+_ZEROS = (0.0,) * 8
+
+# Numerics of Transformer Engine @ d0067d0d; the tests compute the same from enumerated grids.
+NVFP4_VECTORS = (
+    # The largest magnitude is 2688 = 6 * 448, so the factor of the matrix is 1.
+    (
+        # Every midpoint between two codes.
+        Block((112.0, 336.0, 560.0, 784.0, 1120.0, 1568.0, 2240.0, 2688.0), 448.0, _TIE_CODES),
+        Block((0.125, 0.375, 0.625, 0.875, 1.25, 1.75, 2.5, 3.0), 0.5, _TIE_CODES),
+        # The scale is rounded down from 7 / 6: elements beyond 6 scales are clamped.
+        Block(
+            (0.5, 1.0, 2.25, 3.375, 4.5, 5.5, 6.75, 7.0),
+            1.125,
+            (0.5, 1.0, 2.0, 3.0, 4.0, 4.0, 6.0, 6.0),
+        ),
+        # The smallest scale, and one that rounds to 0.
+        Block(
+            (2**-9, 2**-8, 2**-7, 3 * 2**-8, 3 * 2**-10, 0.0, 2**-10, 3 * 2**-8),
+            2**-9,
+            (1.0, 2.0, 4.0, 6.0, 1.5, 0.0, 0.5, 6.0),
+        ),
+        Block((2**-10, 2**-11, 2**-12, 0.0, 0.0, 0.0, 0.0, 2**-10), 0.0, _ZEROS),
+        Block(_ZEROS, 0.0, _ZEROS),
+    ),
+    (
+        Block(
+            (7.375, 0.30078125, 0.8984375, 1.703125, 2.203125, 3.09375, 4.40625, 6.1875),
+            448.0,
+            (6.0, 0.0, 0.5, 1.5, 2.0, 3.0, 4.0, 6.0),
+        ),
+        # The order of the FP32 operations: written as in the paper the scale would be 320.
+        Block(
+            (5.53125, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0),
+            352.0,
+            (6.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+        ),
+    ),
+)
+MXFP8_VECTORS = (
+    # Ties of E4M3 with the scale 1, the largest that 448 needs; then one that 450 needs.
+    Block(
+        (448.0, 17.0, 19.0, 1.0625, 1.1875, 2**-10, 3 * 2**-10, 0.0),
+        1.0,
+        (448.0, 16.0, 20.0, 1.0, 1.25, 0.0, 2**-8, 0.0),
+    ),
+    Block(
+        (450.0, 34.0, 38.0, 2.125, 2.375, 2**-9, 3 * 2**-9, 1.0),
+        2.0,
+        (224.0, 16.0, 20.0, 1.0, 1.25, 0.0, 2**-8, 0.5),
+    ),
+)
+
+# Magnitudes that lie a quarter or three quarters of the way from one code to the next.
+_BETWEEN = ((0.125, 0.0, 0.5), (1.375, 1.0, 1.5), (2.25, 2.0, 3.0), (5.5, 4.0, 6.0))
+_DRAWS = 4096
+_SIGMAS = 5.0
+
+
+def self_test(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Check known codes and scales, the Hadamard transform and stochastic rounding, in well under
+    a second.
+
+    Raises:
+        SelfTestError: naming everything that is wrong.
+    """
+    faults = [
+        *_known_vectors(device, dtype),
+        *_hadamard(device, dtype),
+        *_stochastic(device, dtype),
+    ]
+    if faults:
+        raise SelfTestError(
+            f"self-test of the quantiser on {device} failed: {'; '.join(faults)}. "
+            "Nothing was trained. Another version of the driver, of torch or of the compiler may "
+            "help; precision.recipe='bf16' does without quantisation"
+        )
+
+
+def _known_vectors(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+    for blocks in NVFP4_VECTORS:
+        x, values = _matrices(blocks, repeats=1, device=device, dtype=dtype)
+        amax = max(abs(element) for block in blocks for element in block.elements)
+        for along in ("columns", "rows", "both"):
+            yield from _compare(OperandFormat("nvfp4", along), x, values, factor=amax / 2688)
+    x, values = _matrices(MXFP8_VECTORS, repeats=2, device=device, dtype=dtype)
+    for along in ("columns", "rows"):
+        yield from _compare(OperandFormat("mxfp8", along), x, values, factor=1.0)
+
+
+def _matrices(
+    blocks: tuple[Block, ...], *, repeats: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A matrix with a block in every row, and the codes times scales it should become."""
+    x, values = (
+        torch.tensor(rows, device=device, dtype=dtype)
+        for rows in (
+            [block.elements for block in blocks],
+            [[code * block.scale for code in block.codes] for block in blocks],
+        )
+    )
+    return torch.cat([x, -x] * repeats, 1), torch.cat([values, -values] * repeats, 1)
+
+
+def _compare(format: OperandFormat, x: Tensor, values: Tensor, *, factor: float) -> Iterator[str]:
+    if format.along == "rows":
+        x, values = x.T.contiguous(), values.T
+    if format.along == "both":
+        x, values = (t.repeat_interleave(16, 0) for t in (x, values))
+    operand = quantize_operand(x, format)
+    if wrong := (operand.values != values).sum().item():
+        yield f"{format}: {wrong} of {values.numel()} known values differ"
+    found = 1.0 if operand.factor is None else operand.factor.item()
+    if not math.isclose(found, factor, rel_tol=1e-6):
+        yield f"{format}: factor {found}, not {factor}"
+
+
+def _hadamard(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+    """Unit vectors become the rows of the matrix; transformed operands have the plain product."""
+    format = OperandFormat("nvfp4", "rows", hadamard=True)
+    matrix = _signed_hadamard()
+    unit = 4 * torch.eye(len(SIGNS), device=device, dtype=dtype)
+    operand = quantize_operand(unit, format)
+    # All magnitudes are 1, whose code and scale are the largest there are.
+    if not torch.equal(operand.values.cpu().double() / 2688, matrix.T):
+        yield f"{format}: the transform of unit vectors is not the Hadamard matrix"
+    turned = ExactOperand(operand.values.T, operand.factor)
+    gram = product(turned, operand).cpu().double()
+    if not torch.allclose(gram, 16 * torch.eye(len(SIGNS), dtype=torch.float64), atol=1e-6):
+        yield f"{format}: the transform is not orthogonal"
+
+
+def _signed_hadamard() -> Tensor:
+    """FP64 [16, 16] of 1 and -1: four times the matrix of `hadamard_matrix`, from its formula."""
+    rows = [
+        [s * (-1) ** (i & j).bit_count() for j in range(len(SIGNS))] for i, s in enumerate(SIGNS)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _stochastic(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+    """Only the two neighbours of a number occur, each as often as it is near."""
+    # Two numbers a column, of which the transform makes 8 times (a + b) / 4 = 6 and 8 times
+    # (a - b) / 4, a number between two codes.
+    between = torch.tensor(_BETWEEN, dtype=torch.float64)[:, 0].repeat(_DRAWS // len(_BETWEEN))
+    before = torch.zeros(len(SIGNS), _DRAWS, dtype=torch.float64)
+    before[0], before[1] = 12 + 2 * between, 12 - 2 * between
+    after = _signed_hadamard().T @ before / 4
+    for format, x, wanted in (
+        (OperandFormat("nvfp4", "columns", stochastic=True), after.T, after.T),
+        (OperandFormat("nvfp4", "rows", stochastic=True), after, after),
+        (OperandFormat("nvfp4", "rows", stochastic=True, hadamard=True), before, after),
+    ):
+        x = x.contiguous().to(device, dtype)
+        first, again, other = (
+            quantize_operand(x, format, key=stream_key("self-test", n)).values.cpu().double() / 448
+            for n in (0, 0, 1)
+        )
+        if not torch.equal(first, again):
+            yield f"{format}: the same stream of random bits gave other codes the second time"
+        if torch.equal(first, other):
+            yield f"{format}: two streams of random bits gave the same codes"
+        yield from _unbiased(format, first, wanted)
+
+
+def _unbiased(format: OperandFormat, codes: Tensor, wanted: Tensor) -> Iterator[str]:
+    if not torch.equal(codes[wanted.abs() == E2M1.max], wanted[wanted.abs() == E2M1.max]):
+        yield f"{format}: the largest code did not stay what it is"
+    for value, low, high in _BETWEEN:
+        at = wanted.abs() == value
+        drawn = (codes * wanted.sign())[at]
+        ups = (drawn == high).double()
+        if not ((drawn == low) | (drawn == high)).all():
+            yield f"{format}: {value} became something else than {low} or {high}"
+        share = (value - low) / (high - low)
+        bound = _SIGMAS * math.sqrt(share * (1 - share) / len(drawn))
+        if abs(ups.mean().item() - share) > bound:
+            yield (
+                f"{format}: {value} became {high} in {ups.mean().item():.4f} of {len(drawn)} "
+                f"draws, not in {share} +- {bound:.4f}"
+            )

@@ -1,0 +1,161 @@
+"""The self-test of the quantiser: what it knows is right, and every fault stops the run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nemomodel.quant import selftest
+from nemomodel.quant.operand import ExactOperand, OperandFormat, quantize_operand
+from nemomodel.quant.selftest import MXFP8_VECTORS, NVFP4_VECTORS, Block, SelfTestError, self_test
+from nemomodel.train.faults import EXIT_BAD_INPUT, exit_code_of
+from nemomodel.train.loop import run
+from tests.oracles.quant import GRIDS, nearest_value, quantize_nvfp4_oracle
+from tests.ranks.test_train import make_config
+
+CPU = torch.device("cpu")
+Quantizer = Callable[..., ExactOperand]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_it_passes(dtype: torch.dtype) -> None:
+    self_test(CPU, dtype)
+
+
+def columns(blocks: tuple[Block, ...], field: str) -> np.ndarray:
+    return np.array([getattr(block, field) for block in blocks], np.float32)
+
+
+@pytest.mark.parametrize("blocks", NVFP4_VECTORS, ids=["amax-2688", "amax-7.375"])
+def test_known_nvfp4_vectors_are_those_of_the_oracle(blocks: tuple[Block, ...]) -> None:
+    x = columns(blocks, "elements")
+    oracle = quantize_nvfp4_oracle(np.concatenate([x, -x], 1), (1, 16))
+    scales = GRIDS["E4M3"][oracle.scale_codes][:, 0]
+    assert scales.tolist() == columns(blocks, "scale").tolist()
+    values = (columns(blocks, "codes") * scales[:, None]).tolist()
+    assert oracle.coded()[:, :8].tolist() == values
+    assert oracle.coded()[:, 8:].tolist() == [[-v for v in row] for row in values]
+
+
+def test_known_mxfp8_vectors_are_those_of_the_oracle() -> None:
+    for block in MXFP8_VECTORS:
+        assert block.scale == 2.0 ** np.ceil(np.log2(max(block.elements) / 448))
+        codes = nearest_value(np.array(block.elements) / block.scale, GRIDS["E4M3"])
+        assert codes.tolist() == list(block.codes)
+
+
+def test_inputs_are_bf16_numbers() -> None:
+    blocks = [block for group in NVFP4_VECTORS for block in group] + list(MXFP8_VECTORS)
+    x = torch.tensor([block.elements for block in blocks])
+    assert torch.equal(x.bfloat16().float(), x)
+
+
+def changed(
+    change: Callable[[Tensor], Tensor], which: Callable[[OperandFormat], bool]
+) -> Quantizer:
+    """The quantiser with other values in some formats."""
+
+    def quantize(x: Tensor, format: OperandFormat, **options: object) -> ExactOperand:
+        operand = quantize_operand(x, format, **options)
+        return replace(operand, values=change(operand.values)) if which(format) else operand
+
+    return quantize
+
+
+def called(**other: object) -> Quantizer:
+    """The quantiser with other arguments, where they are given at all."""
+
+    def quantize(x: Tensor, format: OperandFormat, *, key: object = None) -> ExactOperand:
+        return quantize_operand(x, format, key=key and other["key"]())
+
+    return quantize
+
+
+def without(**field: bool) -> Quantizer:
+    """The quantiser that forgets a part of a format."""
+
+    def quantize(x: Tensor, format: OperandFormat, *, key: object = None) -> ExactOperand:
+        format = replace(format, **field)
+        return quantize_operand(x, format, key=key if format.stochastic else None)
+
+    return quantize
+
+
+def one_code_off(values: Tensor) -> Tensor:
+    values = values.clone()
+    values[0, 0] += 8
+    return values
+
+
+def rounded_up(values: Tensor) -> Tensor:
+    """A little too often: a quarter of what became 1 is 1.5."""
+    values = values.clone()
+    ones = ((values / 448).abs() == 1).nonzero()[::4]
+    values[tuple(ones.T)] *= 1.5
+    return values
+
+
+keys = iter(range(10_000))
+FAULTS = {
+    "known vector": (
+        changed(one_code_off, lambda f: f == OperandFormat("nvfp4", "both")),
+        "nvfp4 16x16: 1 of ",
+    ),
+    "known mxfp8 vector": (
+        changed(one_code_off, lambda f: f == OperandFormat("mxfp8", "rows")),
+        "mxfp8 32x1: 1 of ",
+    ),
+    "no transform": (without(hadamard=False), "is not the Hadamard matrix"),
+    "another transform": (
+        changed(lambda v: v * 2, lambda f: f.hadamard and not f.stochastic),
+        "the transform is not orthogonal",
+    ),
+    "all gradients zero": (
+        changed(torch.zeros_like, lambda f: f.stochastic),
+        "the largest code did not stay",
+    ),
+    "nearest": (without(stochastic=False), "two streams of random bits gave the same codes"),
+    "truncation": (
+        changed(lambda v: torch.where(v.abs() > 448 * 4.5, v, 448.0), lambda f: f.stochastic),
+        "became something else than",
+    ),
+    "bias": (
+        changed(rounded_up, lambda f: f == OperandFormat("nvfp4", "rows", stochastic=True)),
+        "nvfp4 16x1 SR: 1.375 became 1.5 in ",
+    ),
+    "not repeatable": (called(key=lambda: (next(keys), 7)), "gave other codes the second time"),
+    "one stream": (called(key=lambda: (3, 7)), "two streams of random bits gave the same codes"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_named(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    broken, message = FAULTS[fault]
+    monkeypatch.setattr(selftest, "quantize_operand", broken)
+    with pytest.raises(SelfTestError, match="self-test of the quantiser on cpu failed") as caught:
+        self_test(CPU)
+    assert message in str(caught.value)
+    assert "precision.recipe='bf16'" in str(caught.value)
+
+
+def _run_and_fail(config: object) -> None:
+    """For `run_ranks`."""
+    with pytest.raises(SelfTestError) as caught:
+        run(config)
+    assert exit_code_of(caught.value) == EXIT_BAD_INPUT
+
+
+def test_a_run_stops_before_it_writes_anything(
+    run_ranks: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "quantize_operand", FAULTS["all gradients zero"][0])
+    config = make_config(tmp_path, "precision.recipe=nvfp4")
+    run_ranks(1, _run_and_fail, config)
+    assert not Path(config.run.dir).exists()
+    # Nothing is quantised, so nothing is tested.
+    run_ranks(1, run, make_config(tmp_path, "train.steps=6", "train.stop_after=1"))
+    assert Path(config.run.dir).exists()
