@@ -37,6 +37,7 @@ from nemomodel.parallel.mcore import (
     wrap_ddp,
 )
 from nemomodel.quant.selftest import self_test
+from nemomodel.quant.statistics import Observer
 from nemomodel.train.faults import EXIT_INTERRUPTED, NotFiniteError, StopRequest, stop_request
 from nemomodel.train.meter import Meter, expert_loads, losses_per_token
 from nemomodel.train.step import DeviceBatch, count_targets, forward_backward, update
@@ -157,6 +158,8 @@ def _train(
         device=ranks.device,
     )
     quantization = engine.ddp.module.quantization
+    sampling = config.observe.quantization_interval
+    observer = Observer(quantization.roles, ranks.device) if sampling else None
     saved = progress.step
     exit_code = 0
 
@@ -170,6 +173,7 @@ def _train(
         if (phase := quantization.phase(step)).first_step == step > 1:
             log.info("step %d begins a precision phase: %s", step, phase)
         lr = engine.optimizer.param_groups[0]["lr"]
+        quantization.observer = observer if sampling and step % sampling == 0 else None
         with meter.computing():
             losses = forward_backward(
                 batches,
@@ -188,6 +192,9 @@ def _train(
         tokens += step_tokens
 
         values: dict[str, float] = {}
+        if quantization.observer is not None:
+            values |= quantization.observer.read()
+            quantization.observer = None
         if step % config.observe.log_interval == 0 or step in (1, train.steps):
             values |= losses_per_token(losses, num_targets, ranks)
             values |= {"optim/grad_norm": grad_norm, "optim/lr": lr}
