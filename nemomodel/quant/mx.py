@@ -11,9 +11,7 @@ from nemomodel.quant.rounding import (
     FP32_MANTISSA_BITS,
     Rounding,
     exp2,
-    random_bits,
-    round_nearest,
-    round_stochastic,
+    round_values,
     stream_key,
 )
 from nemomodel.quant.tiles import as_matrix, from_tiles, tile_amax, to_tiles
@@ -70,16 +68,21 @@ def quantize_mx(
 
 
 def encode_mx(
-    tiles: Tensor, element: Element, scale_rule: ScaleRule, *, key: tuple[int, int] | None
+    tiles: Tensor,
+    element: Element,
+    scale_rule: ScaleRule,
+    *,
+    key: tuple[int, int] | None,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Elements [M / a, a, K / b, b] and exponents, int32 [M / a, 1, K / b, 1].
 
     Args:
         tiles: FP32, as `to_tiles` makes them.
-        key: stream of stochastic rounding; None rounds to nearest even.
+        key, counter: of the random bits; see `round_values`.
     """
     exponents = _block_exponents(tile_amax(tiles), element, scale_rule)
-    return _round(tiles * exp2(-exponents), element, key), exponents
+    return round_values(tiles * exp2(-exponents), element, key, counter), exponents
 
 
 def quantize_bdr(
@@ -96,7 +99,7 @@ def quantize_bdr(
     pairs = tiles.unflatten(-1, (-1, format.pair_size))
     own = _floor_log2(pairs.abs().amax(-1, keepdim=True)).expand_as(pairs).flatten(-2)
     exponents = (shared - (own < shared).int()).clamp(MIN_EXPONENT, MAX_EXPONENT)
-    elements = _round(tiles * exp2(-exponents), format.element, _key(rounding, seed))
+    elements = round_values(tiles * exp2(-exponents), format.element, _key(rounding, seed))
     return SharedExponentTensor(elements, exponents, tuple(x.shape))
 
 
@@ -104,12 +107,6 @@ def _key(rounding: Rounding, seed: int) -> tuple[int, int] | None:
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding={rounding!r}: use 'nearest' or 'stochastic'")
     return stream_key(seed) if rounding == "stochastic" else None
-
-
-def _round(v: Tensor, element: Element, key: tuple[int, int] | None) -> Tensor:
-    if key is None:
-        return round_nearest(v, element)
-    return round_stochastic(v, element, random_bits(tuple(v.shape), key, v.device))
 
 
 def _block_exponents(amax: Tensor, element: Element, rule: ScaleRule) -> Tensor:

@@ -18,9 +18,8 @@ from nemomodel.quant.formats import E2M1, E4M3
 from nemomodel.quant.rounding import (
     FP32_MAX,
     Rounding,
-    random_bits,
     round_nearest,
-    round_stochastic,
+    round_values,
     stream_key,
 )
 from nemomodel.quant.tiles import as_matrix, from_tiles, tile_amax, to_tiles
@@ -95,7 +94,7 @@ def quantize_nvfp4(
     key = stream_key(seed) if rounding == "stochastic" else None
     scaled, scales = _scale(tiles, amax)
     return NVFP4Tensor(
-        packed=_pack(_round(scaled, key), scaled),
+        packed=_pack(round_values(scaled, E2M1, key), scaled),
         scales=scales.squeeze((1, 3)).to(torch.float8_e4m3fn),
         amax=amax,
         block=tuple(block),
@@ -103,22 +102,18 @@ def quantize_nvfp4(
     )
 
 
-def encode(tiles: Tensor, amax: Tensor, *, key: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+def encode(
+    tiles: Tensor, amax: Tensor, *, key: tuple[int, int] | None, counter: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes as numbers [M / a, a, K / b, b] and scales [M / a, 1, K / b, 1], all FP32.
 
     Args:
         tiles: FP32, as `to_tiles` makes them.
         amax: FP32 scalar.
-        key: stream of stochastic rounding; None rounds to nearest even.
+        key, counter: of the random bits; see `round_values`.
     """
     scaled, scales = _scale(tiles, amax)
-    return _round(scaled, key), scales
-
-
-def _round(scaled: Tensor, key: tuple[int, int] | None) -> Tensor:
-    if key is None:
-        return round_nearest(scaled, E2M1)
-    return round_stochastic(scaled, E2M1, random_bits(tuple(scaled.shape), key, scaled.device))
+    return round_values(scaled, E2M1, key, counter), scales
 
 
 def _scale(tiles: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:

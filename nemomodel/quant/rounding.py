@@ -18,6 +18,7 @@ Rounding = Literal["nearest", "stochastic"]
 FP32_MANTISSA_BITS = 23
 FP32_MAX = torch.finfo(torch.float32).max
 _EXPONENT_MASK = 0x7F800000
+_NAN = 0x7FC00000
 
 
 def power_of_two(v: Tensor) -> Tensor:
@@ -57,23 +58,46 @@ def round_stochastic(v: Tensor, element: Element, bits: Tensor) -> Tensor:
     low = magnitude < smallest
     magnitude = torch.where(low, magnitude + smallest, magnitude)
     fraction = (bits >> (32 - dropped)) & ((1 << dropped) - 1)
-    cut = (magnitude.view(torch.int32) + fraction) & -(1 << dropped)
+    # The clamp is for NaN, which stays NaN: no sum below wraps around.
+    cut = (magnitude.view(torch.int32).clamp(max=_NAN) + fraction) & -(1 << dropped)
     magnitude = cut.view(torch.float32)
     magnitude = torch.where(low, magnitude - smallest, magnitude).clamp(max=element.max)
     return torch.copysign(magnitude, v)
 
 
+def round_values(
+    v: Tensor, element: Element, key: tuple[int, int] | None, counter: Tensor | None = None
+) -> Tensor:
+    """Values of the format, rounded to nearest even, or stochastically with a stream.
+
+    Args:
+        key: of the stream, from `stream_key`; None is to nearest even.
+        counter: int32 in v's shape, the number of every element in the stream; None is 0, 1, 2 ..
+            in the order of memory.
+    """
+    if key is None:
+        return round_nearest(v, element)
+    if counter is None:
+        return round_stochastic(v, element, random_bits(tuple(v.shape), key, v.device))
+    return round_stochastic(v, element, hash_counter(counter, key))
+
+
 def random_bits(shape: tuple[int, ...], key: tuple[int, int], device: torch.device) -> Tensor:
+    """`hash_counter` of 0, 1, 2 .. in the order of memory; at most 2^31 elements."""
+    count = math.prod(shape)
+    assert count < 2**31, shape
+    counter = torch.arange(count, dtype=torch.int32, device=device).view(shape)
+    return hash_counter(counter, key)
+
+
+def hash_counter(counter: Tensor, key: tuple[int, int]) -> Tensor:
     """Uniform int32 bits of a counter-based stream: element i of stream `key` is a pure function
     of both, whatever the device and the shape.
 
     The counter passes three multiplications with the keys between them, the mixing of MurmurHash3
-    (constants of xxHash32); keys must come from `stream_key`. At most 2^31 elements.
+    (constants of xxHash32); keys must come from `stream_key`.
     """
-    count = math.prod(shape)
-    assert count < 2**31, shape
-    x = torch.arange(count, dtype=torch.int32, device=device).view(shape)
-    x = (x ^ key[0]) * -1640531535
+    x = (counter ^ key[0]) * -1640531535
     x = ((x ^ _shift_right(x, 15)) + key[1]) * -2048144777
     return (x ^ _shift_right(x, 13)) * -1028477379
 
