@@ -112,8 +112,8 @@ def measure(x_MK: Tensor, format: OperandFormat, exact: ExactOperand) -> tuple[T
     if exact.factor is not None:
         q = q * exact.factor.double()
     amax = x.abs().amax()
-    scales, limits = _block_scales(x_MK, format, amax)
-    limit = from_tiles(limits.expand_as(to_tiles(x, _block(format))), tuple(x.shape))
+    scales, limits = _block_scales(x_MK, format, amax if exact.amax is None else exact.amax)
+    limit = from_tiles(limits.expand_as(to_tiles(x, format.block)), tuple(x.shape))
     not_zero = x != 0
     sums = (
         x.square().sum(),
@@ -129,7 +129,7 @@ def measure(x_MK: Tensor, format: OperandFormat, exact: ExactOperand) -> tuple[T
 
 def _block_scales(x_MK: Tensor, format: OperandFormat, amax: Tensor) -> tuple[Tensor, Tensor]:
     """The stored scales, [M / a, 1, K / b, 1], and the largest values that their blocks hold."""
-    tiles = to_tiles(x_MK, _block(format)).float()
+    tiles = to_tiles(x_MK, format.block).float()
     if format.format == "mxfp8":
         _, exponents = encode_mx(tiles, MXFP8_E4M3.element, "rceil", key=None)
         # An E8M0 scale is never 0; what a block of zeros has says nothing.
@@ -138,11 +138,6 @@ def _block_scales(x_MK: Tensor, format: OperandFormat, amax: Tensor) -> tuple[Te
     _, scales = encode(tiles, amax.float(), key=None)
     # 6 * scale * amax / (6 * 448), in this order exact in FP64 wherever an element is that large.
     return scales.double(), scales.double() * amax.double() / E4M3.max
-
-
-def _block(format: OperandFormat) -> tuple[int, int]:
-    size = 16 if format.format == "nvfp4" else MXFP8_E4M3.block_size
-    return {"columns": (1, size), "rows": (size, 1), "both": (size, size)}[format.along]
 
 
 def _named(prefix: str, rows: Tensor) -> dict[str, float]:
