@@ -186,6 +186,10 @@ def quantize_groups(
         keys: the stream of every group; required exactly where the format rounds stochastically.
     """
     assert (keys is not None) == format.stochastic, (format, keys)
+    if x_RK.is_cuda:
+        from nemomodel.quant import kernels
+
+        return kernels.quantize_groups(x_RK, format, rows, counts, keys=keys)
     streams = keys or [None] * len(rows)
     out_rows = [format.rows_of(n) for n in rows]
     starts, outs = ([0, *itertools.accumulate(n)][:-1] for n in (rows, out_rows))
