@@ -5,6 +5,7 @@ import json
 import os
 import sys
 
+from nemomodel.config import precision
 from nemomodel.config.help import help_text
 from nemomodel.config.load import ConfigError, load_config
 
@@ -20,7 +21,8 @@ def main() -> int:
     parser.add_argument(
         "--describe",
         action="store_true",
-        help="print parameters, FLOPs and memory as JSON and exit; needs no weights and no GPU",
+        help="print parameters, FLOPs, memory and precision phases as JSON and exit; needs no "
+        "weights and no GPU",
     )
     args = parser.parse_intermixed_args()  # overrides may follow --describe
     rank = os.environ.get("RANK", "0")
@@ -33,7 +35,8 @@ def main() -> int:
     if args.describe:
         from nemomodel.model.count import describe
 
-        print(json.dumps(describe(config), indent=2))
+        phases = precision.describe(config)
+        print(json.dumps(describe(config) | {"precision": phases}, indent=2))
         return 0
     from nemomodel.train.faults import exit_code_of
     from nemomodel.train.loop import run

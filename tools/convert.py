@@ -176,7 +176,7 @@ def run_plan(args: argparse.Namespace) -> int:
     from nemomodel.model.nemotron import DTYPES
 
     config = load_config(args.config, args.overrides)
-    dtype = DTYPES[config.precision.recipe]
+    dtype = DTYPES[config.precision.weights]
     pieces = [piece for entry in plan(config.model, dtype=dtype) for piece in entry.pieces]
     if args.names:
         for piece in pieces:

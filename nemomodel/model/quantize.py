@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from nemomodel.config.pattern import LayerKind
-from nemomodel.config.precision import Phase
+from nemomodel.config.precision import Phase, places
 from nemomodel.config.recipe import Place, Role
 from nemomodel.model.block import Block
 from nemomodel.model.layers import Linear
@@ -59,12 +59,11 @@ class Quantization:
     def __init__(self, model: Nemotron, phases: Sequence[Phase], *, seed: int) -> None:
         self.layers: dict[str, QuantizedLinear] = {}
         """By name, in the phase of the last `begin`."""
-        self.roles: dict[str, Role] = {}
-        """Of every linear layer, quantised or not."""
         self.observer: Observer | None = None
         """Given to every layer by `begin`; None observes nothing."""
-        self._slots = list(_slots(model))
+        self._config, self._slots = model.config, list(_slots(model))
         self.roles = {slot.name: slot.place.role for slot in self._slots}
+        """Of every linear layer of this rank, quantised or not."""
         self._phases, self._seed = tuple(phases), seed
         self._enter(self._phases[0])
 
@@ -81,10 +80,11 @@ class Quantization:
         return [phase for phase in self._phases if phase.first_step <= step][-1]
 
     def describe(self, phase: Phase) -> list[str]:
-        """One line per format: what the three products do, and how many layers of which roles."""
+        """One line per format: what the three products do, and how many layers of which roles the
+        whole model has."""
         roles: dict[LinearFormat | None, Counter[Role]] = {}
-        for slot in self._slots:
-            roles.setdefault(_format(phase, slot), Counter())[slot.place.role] += 1
+        for place in places(self._config):
+            roles.setdefault(_format(phase, place), Counter())[place.role] += 1
         return [
             f"{f'emulated {format}' if format else 'not quantised'}: "
             + ", ".join(f"{role} ({number})" for role, number in counts.items())
@@ -102,21 +102,22 @@ class Quantization:
         self._phase, self.layers = phase, {}
         for slot in self._slots:
             layer = None
-            if format := _format(phase, slot):
+            if format := _format(phase, slot.place):
                 layer = QuantizedLinear(format, name=slot.name, seed=self._seed)
                 self.layers[slot.name] = layer
             setattr(slot.owner, slot.attribute, layer)
 
 
-def _format(phase: Phase, slot: Slot) -> LinearFormat | None:
-    name = phase.format(slot.place)
+def _format(phase: Phase, place: Place) -> LinearFormat | None:
+    name = phase.format(place)
     return FORMATS[name] if name else None
 
 
 def _slots(model: Nemotron) -> Iterator[Slot]:
     num_layers = len(model.config.layers)
-    for i, block in enumerate(model.blocks):
-        yield from _of_block(f"blocks.{i}", block, i, num_layers, in_mtp=False)
+    # A pipeline stage has some of the blocks, under the names that they have in the whole model.
+    for i, block in model.blocks.named_children():
+        yield from _of_block(f"blocks.{i}", block, int(i), num_layers, in_mtp=False)
     for j, mtp_block in enumerate(model.mtp.blocks if model.mtp else ()):
         place = Place(Role.MTP_PROJ, 0, num_layers, in_mtp=True)
         yield Slot(f"mtp.blocks.{j}.eh_proj", place, mtp_block.eh_proj, "quantized")

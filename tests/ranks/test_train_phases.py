@@ -17,7 +17,9 @@ PHASES = (
 )
 
 
-@pytest.mark.parametrize(("world", "stops"), [(1, (2, 3, 4)), (2, (3,))], ids=["1", "2"])
+@pytest.mark.parametrize(
+    ("world", "stops"), [(1, (2, 3, 4)), pytest.param(2, (3,), marks=pytest.mark.slow)], ids=str
+)
 def test_resumed_run_is_the_uninterrupted_one(
     train: Train, world: int, stops: tuple[int, ...]
 ) -> None:

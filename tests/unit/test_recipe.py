@@ -1,5 +1,7 @@
 """Recipes: which linear layers of which model they quantise, and how."""
 
+import json
+import sys
 import typing
 from dataclasses import asdict
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from nemomodel.config.load import load_config
 from nemomodel.config.precision import describe, phases, places
 from nemomodel.config.recipe import RECIPES, Place, RecipeName, Role
@@ -216,3 +219,38 @@ def test_description_counts_every_linear_layer_of_every_phase() -> None:
     assert second["linear_layers"]["nvfp4"]["moe.experts.fc1"] == 2
     config = load("tiny")
     assert [list(row["linear_layers"]) for row in describe(config)] == [["fp32"]]
+
+
+def test_describe_shows_the_phases(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("train.py", str(CONFIGS / "super_120b.toml"), "--describe")
+    monkeypatch.setattr(sys, "argv", list(arguments))
+    assert train.main() == 0
+    (phase,) = json.loads(capsys.readouterr().out)["precision"]
+    layers = phase.pop("linear_layers")
+    assert phase == {"from_step": 1, "from_tokens": 0, "recipe": "nvfp4_super"}
+    # Of 40 Mamba and 40 MoE blocks the last 14 blocks have 6 and 7; MTP has one of MoE.
+    assert layers["mxfp8"] == {"mamba.out_proj": 34}
+    assert layers["nvfp4"] == {
+        "mamba.in_proj": 34,
+        **{f"moe.{name}": 33 for name in ("experts.fc1", "experts.fc2")},
+        **{f"moe.shared_expert.{name}": 33 for name in ("fc1", "fc2")},
+    }
+    assert layers["bf16"]["attention.qkv_proj"] == 9
+    assert layers["bf16"]["moe.experts.fc1"] == 8
+
+
+def test_the_announcement_counts_what_the_description_counts() -> None:
+    config = load("tiny", "precision.recipe=nvfp4_super_weights_only")
+    _, quantization = build(config)
+    (phase,) = phases(config)
+    lines = quantization.describe(phase)
+    (counts,) = (row["linear_layers"] for row in describe(config))
+    assert len(lines) == len(counts) == 3
+    for line, (format, roles) in zip(lines, counts.items(), strict=True):
+        wanted = f"emulated {FORMATS[format]}" if format in FORMATS else "not quantised"
+        assert line == f"{wanted}: {', '.join(f'{role} ({n})' for role, n in roles.items())}"
+    assert lines[0].startswith(
+        "emulated fprop BF16 x nvfp4 16x16; dgrad BF16 x nvfp4 16x16; wgrad BF16: mamba.in_proj (2)"
+    )
