@@ -17,6 +17,7 @@ from nemomodel.quant.operand import (
     ExactOperand,
     OperandFormat,
     product,
+    quantize_groups,
     quantize_operand,
 )
 from nemomodel.quant.rounding import stream_key
@@ -143,12 +144,20 @@ def _compare(format: OperandFormat, x: Tensor, values: Tensor, *, factor: float)
         x, values = x.T.contiguous(), values.T
     if format.along == "both":
         x, values = (t.repeat_interleave(16, 0) for t in (x, values))
-    operand = quantize_operand(x, format)
-    if wrong := (operand.values != values).sum().item():
-        yield f"{format}: {wrong} of {values.numel()} known values differ"
-    found = 1.0 if operand.factor is None else operand.factor.item()
-    if not math.isclose(found, factor, rel_tol=1e-6):
-        yield f"{format}: factor {found}, not {factor}"
+    rows = [len(x)] * 2
+    # A power of two changes no code: it is in the factor, or where there is none in the scales.
+    halved = (values, factor / 2) if format.format == "nvfp4" else (values / 2, factor)
+    first, second = quantize_groups(torch.cat([x, x / 2]), format, rows, rows)
+    for what, operand, (wanted, wanted_factor) in (
+        ("", quantize_operand(x, format), (values, factor)),
+        (" in groups", first, (values, factor)),
+        (" in groups", second, halved),
+    ):
+        if wrong := (operand.values != wanted).sum().item():
+            yield f"{format}{what}: {wrong} of {wanted.numel()} known values differ"
+        found = 1.0 if operand.factor is None else operand.factor.item()
+        if not math.isclose(found, wanted_factor, rel_tol=1e-6):
+            yield f"{format}{what}: factor {found}, not {wanted_factor}"
 
 
 def _hadamard(device: torch.device, dtype: torch.dtype) -> Iterator[str]:

@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemomodel.quant import selftest
-from nemomodel.quant.operand import ExactOperand, OperandFormat, quantize_operand
+from nemomodel.quant import compiled, selftest
+from nemomodel.quant.operand import (
+    ExactOperand,
+    GroupedOperand,
+    OperandFormat,
+    quantize_groups,
+    quantize_operand,
+)
 from nemomodel.quant.selftest import MXFP8_VECTORS, NVFP4_VECTORS, Block, SelfTestError, self_test
 from nemomodel.train.faults import EXIT_BAD_INPUT, exit_code_of
 from nemomodel.train.loop import run
@@ -22,8 +28,21 @@ Quantizer = Callable[..., ExactOperand]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_it_passes(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("way", ["chosen", "plain"])
+def test_it_passes(monkeypatch: pytest.MonkeyPatch, way: str, dtype: torch.dtype) -> None:
+    if way == "plain":
+        monkeypatch.setattr(compiled, "takes", lambda x: False)
     self_test(CPU, dtype)
+
+
+def test_groups_are_tested_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def quantize(x: Tensor, format: OperandFormat, *rows: list[int]) -> GroupedOperand:
+        grouped = quantize_groups(x, format, *rows)
+        return replace(grouped, values=grouped.values.roll(1, 0))
+
+    monkeypatch.setattr(selftest, "quantize_groups", quantize)
+    with pytest.raises(SelfTestError, match=r"mxfp8 1x32 in groups: .* known values differ"):
+        self_test(CPU)
 
 
 def columns(blocks: tuple[Block, ...], field: str) -> np.ndarray:
