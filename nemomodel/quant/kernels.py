@@ -61,6 +61,8 @@ def quantize_groups(
     counts: Sequence[int],
     *,
     keys: Sequence[Key] | None,
+    place: Place2D | None = None,
+    amax_group: dist.ProcessGroup | None = None,
 ) -> GroupedOperand:
     """`operand.quantize_groups` of a CUDA tensor: one launch per pass, whatever the groups."""
     out_rows = [format.rows_of(n) for n in rows]
@@ -74,7 +76,7 @@ def quantize_groups(
     table = table.to(x_RK.device, non_blocking=True)
     values = x_RK.new_empty(sum(out_rows), x_RK.shape[1])
     launch = _Launch(x_RK, format, sum(tiles), groups=len(rows), table=table)
-    factor_E, amax_E = launch.run(0, values, (0, 0), None, None)
+    factor_E, amax_E = launch.run(0, values, (0, 0), place, amax_group)
     return GroupedOperand(values, factor_E, out_rows, amax_E)
 
 

@@ -5,13 +5,23 @@
 Each operand is quantised from the high-precision tensor, never from another quantised copy.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nemomodel.ops.wgrad import deliver_grad
-from nemomodel.quant.operand import ExactOperand, OperandFormat, product, quantize_operand
+from nemomodel.quant.operand import (
+    ExactOperand,
+    GroupedOperand,
+    OperandFormat,
+    Place2D,
+    product,
+    quantize_groups,
+)
 from nemomodel.quant.rounding import stream_key
 from nemomodel.quant.statistics import Observer
 
@@ -44,19 +54,56 @@ class LinearFormat:
         return "; ".join(f"{name} {format or 'BF16'}" for name, format in parts.items())
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of a tensor that this rank has, when others have the rest."""
+
+    group: dist.ProcessGroup
+    """Over whose ranks the largest magnitude is taken."""
+    token_rank: int = 0
+    """Number of equal parts of the tokens that come before this one."""
+    columns: Tensor | None = None
+    """int32, the places of its columns in the whole; None: it has all of them."""
+    width: int | None = None
+    """Columns of the whole; needed where `columns` is."""
+
+
+class Call(NamedTuple):
+    """One use of a layer: which rows belong together, and what names its random bits."""
+
+    rows: list[int]
+    counts: list[int]
+    """Rows that hold tokens, the first ones of every group."""
+    stream: tuple[int, int, int]
+    """Step, micro-batch, and number of the call in it."""
+
+
 class QuantizedLinear:
     """The quantised products of one linear layer, or of one for each of a layer's experts.
 
     Args:
         name: of the layer; with `seed`, the step, the micro-batch and the number of the call in it
             it names the streams of random bits.
+        shares: of "x", "dy" and "weight", where ranks share them.
+        first_expert: number of this rank's first expert in the whole layer.
     """
 
-    def __init__(self, format: LinearFormat, *, name: str, seed: int) -> None:
+    def __init__(
+        self,
+        format: LinearFormat,
+        *,
+        name: str,
+        seed: int,
+        shares: Mapping[str, Share] | None = None,
+        first_expert: int = 0,
+    ) -> None:
         self.format, self.name, self.seed = format, name, seed
+        self.shares, self.first_expert = shares or {}, first_expert
         self.observer: Observer | None = None
         """Is shown every operand; None costs nothing."""
-        self._weights: dict[tuple[OperandFormat, int], ExactOperand] = {}
+        self.amax: dict[str, Tensor] = {}
+        """FP32 scalars, the largest magnitude of every operand in this step."""
+        self._weights: dict[OperandFormat, GroupedOperand] = {}
         self._step = self._micro_batch = self._calls = 0
 
     def begin(self, step: int, micro_batch: int) -> None:
@@ -68,65 +115,140 @@ class QuantizedLinear:
         """
         if step != self._step:
             self._weights.clear()
+            self.amax.clear()
         self._step, self._micro_batch, self._calls = step, micro_batch, 0
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """y [..., O] = x [..., I] weight^T for weight [O, I]; its gradient accumulates in FP32."""
-        return _Linear.apply(x, weight, self)
+        x_TI = x.flatten(0, -2)
+        call = self._call([len(x_TI)], [len(x_TI)])
+        return _Linear.apply(x_TI, weight, self, call).view(*x.shape[:-1], -1)
 
     def grouped(self, x_RI: Tensor, weight: Tensor, rows_E: Tensor, count_E: Tensor) -> Tensor:
         """y = x W_e^T for weight [E, O, I] and the rows_E[e] consecutive rows of each expert, of
-        which the first count_E[e] hold tokens; every expert is quantised by itself, y is 0 in
-        the other rows."""
-        return _GroupedLinear.apply(x_RI, weight, rows_E, count_E, self)
+        which the first count_E[e] hold tokens; every expert is quantised by itself. What the other
+        rows of y and of the gradient of x hold is 0 where x and dy are quantised."""
+        return _Linear.apply(x_RI, weight, self, self._call(rows_E.tolist(), count_E.tolist()))
 
-    def next_call(self) -> int:
+    def fprop(self, x_RI: Tensor, weight: Tensor, call: Call) -> Tensor:
+        left, right = _formats(self.format.fprop)
+        xs, ws = self._operand("x", x_RI, left, call), self._weight(weight, right)
+        y = x_RI.new_empty(len(x_RI), weight.shape[-2])
+        for y_e, x_e, w_e in zip(y.split(call.rows), xs, ws, strict=True):
+            product(x_e, _transposed(w_e), out=y_e)
+        return y
+
+    def dgrad(self, dy_RO: Tensor, weight: Tensor, call: Call) -> Tensor:
+        left, right = _formats(self.format.dgrad)
+        dys, ws = self._operand("dy", dy_RO, left, call), self._weight(weight, right)
+        dx = dy_RO.new_empty(len(dy_RO), weight.shape[-1])
+        for dx_e, dy_e, w_e in zip(dx.split(call.rows), dys, ws, strict=True):
+            product(dy_e, w_e, out=dx_e)
+        return dx
+
+    def wgrad(self, dy_RO: Tensor, x_RI: Tensor, weight: Tensor, call: Call) -> Tensor:
+        left, right = _formats(self.format.wgrad)
+        dys = self._operand("dy along tokens", dy_RO, left, call)
+        xs = self._operand("x along tokens", x_RI, right, call)
+        dw = dy_RO.new_empty(weight.shape)
+        for dw_e, dy_e, x_e in zip(_matrices(dw), dys, xs, strict=True):
+            product(_transposed(dy_e), x_e, out=dw_e)
+        return dw
+
+    def _call(self, rows: list[int], counts: list[int]) -> Call:
         self._calls += 1
-        return self._calls
+        return Call(rows, counts, (self._step, self._micro_batch, self._calls))
 
-    def fprop(self, x_TI: Tensor, weight: Tensor, *, expert: int, call: int) -> Tensor:
-        if (format := self.format.fprop) is None:
-            return x_TI @ weight.T
-        x = self._quantize(x_TI, format.left, "x", expert, call)
-        return product(x, _transposed(self._weight(weight, format.right, expert)))
-
-    def dgrad(self, dy_TO: Tensor, weight: Tensor, *, expert: int, call: int) -> Tensor:
-        if (format := self.format.dgrad) is None:
-            return dy_TO @ weight
-        dy = self._quantize(dy_TO, format.left, "dy", expert, call)
-        return product(dy, self._weight(weight, format.right, expert))
-
-    def wgrad(self, dy_TO: Tensor, x_TI: Tensor, *, expert: int, call: int) -> Tensor:
-        if (format := self.format.wgrad) is None:
-            return dy_TO.T @ x_TI
-        dy = self._quantize(dy_TO, format.left, "dy along tokens", expert, call)
-        return product(
-            _transposed(dy), self._quantize(x_TI, format.right, "x along tokens", expert, call)
-        )
-
-    def _weight(self, weight: Tensor, format: OperandFormat, expert: int) -> ExactOperand:
-        """The quantised weight [O, I], made once per step."""
-        if (found := self._weights.get((format, expert))) is None:
-            found = self._weights[format, expert] = quantize_operand(weight.detach(), format)
-        return self._shown("weight", weight, format, found)
-
-    def _quantize(
-        self, x_TC: Tensor, format: OperandFormat | None, operand: str, expert: int, call: int
-    ) -> ExactOperand:
+    def _weight(self, weight: Tensor, format: OperandFormat | None) -> Iterable[ExactOperand]:
+        """The quantised weight, of every expert; made once per step."""
+        matrices = _matrices(weight.detach())
         if format is None:
-            return ExactOperand(x_TC, None)
-        key = None
-        if format.stochastic:
-            place = self._step, self._micro_batch, self.name, operand, expert, call
-            key = stream_key(self.seed, *place)
-        return self._shown(operand, x_TC, format, quantize_operand(x_TC, format, key=key))
+            return [ExactOperand(matrix, None) for matrix in matrices]
+        E, O, I = matrices.shape
+        if (found := self._weights.get(format)) is None:
+            share = self.shares.get("weight")
+            found = self._weights[format] = quantize_groups(
+                matrices.reshape(E * O, I),
+                format,
+                [O] * E,
+                [O] * E,
+                amax_group=share and share.group,
+            )
+            self._keep_amax("weight", found)
+        self._show("weight", matrices, format, found)
+        return found
 
-    def _shown(
-        self, operand: str, x_MK: Tensor, format: OperandFormat, exact: ExactOperand
-    ) -> ExactOperand:
-        if self.observer is not None:
-            self.observer.see(self.name, operand, x_MK, format, exact)
-        return exact
+    def _operand(
+        self, name: str, x_RK: Tensor, format: OperandFormat | None, call: Call
+    ) -> Iterable[ExactOperand]:
+        rows, counts, stream = call
+        if format is None:
+            return [ExactOperand(matrix, None) for matrix in x_RK.split(rows)]
+        keys = None
+        if format.stochastic:
+            step, micro_batch, number = stream
+            of_layer = self.seed, step, micro_batch, self.name, name
+            experts = range(self.first_expert, self.first_expert + len(rows))
+            keys = [stream_key(*of_layer, expert, number) for expert in experts]
+        share = self.shares.get(name.partition(" ")[0])
+        operand = quantize_groups(
+            x_RK,
+            format,
+            rows,
+            counts,
+            keys=keys,
+            place=share and _place(share, x_RK, format),
+            amax_group=share and share.group,
+        )
+        self._keep_amax(name, operand)
+        matrices = [x[:count] for x, count in zip(x_RK.split(rows), counts, strict=True)]
+        self._show(name, matrices, format, operand)
+        return operand
+
+    def _keep_amax(self, name: str, operand: GroupedOperand) -> None:
+        """For `first_not_finite`; nothing waits for the device."""
+        amax = operand.amax_E.amax()
+        known = self.amax.get(name)
+        self.amax[name] = amax if known is None else torch.maximum(known, amax)
+
+    def _show(
+        self, name: str, matrices: Iterable[Tensor], format: OperandFormat, operand: GroupedOperand
+    ) -> None:
+        if self.observer is None:
+            return
+        for x_MK, exact in zip(matrices, operand, strict=True):
+            own = replace(exact, values=exact.values[: format.rows_of(len(x_MK))])
+            self.observer.see(self.name, name, x_MK, format, own)
+
+
+def first_not_finite(layers: Iterable[QuantizedLinear]) -> str | None:
+    """Which operand of this step was the first with infinities or NaN, of layers in the order of
+    the forward pass; None: every one was finite. Waits for the device once."""
+    layers = list(layers)
+    forward = [(layer, name) for layer in layers for name in ("x", "weight")]
+    names = ("dy", "dy along tokens", "x along tokens")
+    backward = [(layer, name) for layer in reversed(layers) for name in names]
+    seen = [(layer, name) for layer, name in forward + backward if name in layer.amax]
+    if not seen:
+        return None
+    amax = torch.stack([layer.amax[name] for layer, name in seen])
+    bad = (~amax.isfinite()).nonzero().flatten().tolist()
+    return f"{seen[bad[0]][0].name}: {seen[bad[0]][1]}" if bad else None
+
+
+def _formats(product: ProductFormat | None) -> tuple[OperandFormat | None, OperandFormat | None]:
+    return (product.left, product.right) if product else (None, None)
+
+
+def _matrices(weight: Tensor) -> Tensor:
+    """[E, O, I] of the weight of a linear, or of experts."""
+    return weight if weight.dim() == 3 else weight.unsqueeze(0)
+
+
+def _place(share: Share, x_RK: Tensor, format: OperandFormat) -> Place2D:
+    block = format.block[1]
+    width = share.width or -(-x_RK.shape[1] // block) * block
+    return Place2D(share.token_rank * len(x_RK), share.columns, width)
 
 
 def _transposed(operand: ExactOperand) -> ExactOperand:
@@ -135,57 +257,18 @@ def _transposed(operand: ExactOperand) -> ExactOperand:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, quantized):
+    def forward(ctx, x, weight, quantized, call):
         ctx.save_for_backward(x)
-        ctx.weight, ctx.quantized, ctx.call = weight, quantized, quantized.next_call()
-        y_TO = quantized.fprop(x.flatten(0, -2), weight, expert=0, call=ctx.call)
-        return y_TO.view(*x.shape[:-1], -1)
+        ctx.weight, ctx.quantized, ctx.call = weight, quantized, call
+        return quantized.fprop(x, weight, call)
 
     @staticmethod
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        dy_TO, stream = dy.flatten(0, -2), {"expert": 0, "call": ctx.call}
+        weight, quantized, call = ctx.weight, ctx.quantized, ctx.call
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.quantized.dgrad(dy_TO, ctx.weight, **stream).view_as(x)
+            dx = quantized.dgrad(dy, weight, call)
         if ctx.needs_input_grad[1]:
-            dw = ctx.quantized.wgrad(dy_TO, x.flatten(0, -2), **stream)
-            dw = deliver_grad(ctx.weight, dw)
-        return dx, dw, None
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, rows_E, count_E, quantized):
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.quantized, ctx.call = weight, quantized, quantized.next_call()
-        ctx.rows = _token_rows(rows_E, count_E)
-        y = x.new_zeros(len(x), weight.shape[1])
-        for expert, rows in ctx.rows:
-            y[rows] = quantized.fprop(x[rows], weight[expert], expert=expert, call=ctx.call)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        (x,) = ctx.saved_tensors
-        weight, quantized = ctx.weight, ctx.quantized
-        need_x, need_weight, *_ = ctx.needs_input_grad
-        dx = torch.zeros_like(x) if need_x else None
-        dw = torch.zeros_like(weight, requires_grad=False) if need_weight else None
-        for expert, rows in ctx.rows:
-            stream = {"expert": expert, "call": ctx.call}
-            if need_x:
-                dx[rows] = quantized.dgrad(dy[rows], weight[expert], **stream)
-            if need_weight:
-                dw[expert] = quantized.wgrad(dy[rows], x[rows], **stream)
-        return dx, deliver_grad(weight, dw) if need_weight else None, None, None, None
-
-
-def _token_rows(rows_E: Tensor, count_E: Tensor) -> list[tuple[int, slice]]:
-    """The rows that hold tokens, of every expert that has some."""
-    found, start = [], 0
-    for expert, (rows, count) in enumerate(zip(rows_E.tolist(), count_E.tolist(), strict=True)):
-        if count:
-            found.append((expert, slice(start, start + count)))
-        start += rows
-    return found
+            dw = deliver_grad(weight, quantized.wgrad(dy, x, weight, call))
+        return dx, dw, None, None

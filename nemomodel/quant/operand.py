@@ -178,18 +178,23 @@ def quantize_groups(
     counts: Sequence[int],
     *,
     keys: Sequence[Key] | None = None,
+    place: Place2D | None = None,
+    amax_group: dist.ProcessGroup | None = None,
 ) -> GroupedOperand:
     """`quantize_operand` of the first counts[e] of the rows[e] consecutive rows of every group e.
     The other rows count as zeros, and are.
 
     Args:
         keys: the stream of every group; required exactly where the format rounds stochastically.
+        place, amax_group: of every group; see `quantize_operand`.
     """
     assert (keys is not None) == format.stochastic, (format, keys)
     if x_RK.is_cuda:
         from nemomodel.quant import kernels
 
-        return kernels.quantize_groups(x_RK, format, rows, counts, keys=keys)
+        return kernels.quantize_groups(
+            x_RK, format, rows, counts, keys=keys, place=place, amax_group=amax_group
+        )
     streams = keys or [None] * len(rows)
     out_rows = [format.rows_of(n) for n in rows]
     starts, outs = ([0, *itertools.accumulate(n)][:-1] for n in (rows, out_rows))
@@ -200,14 +205,16 @@ def quantize_groups(
             format,
             [compiled.Part(*group) for group in groups],
             out_rows=sum(out_rows),
-            place=_whole(x_RK, format),
-            amax_group=None,
+            place=place or _whole(x_RK, format),
+            amax_group=amax_group,
         )
         return GroupedOperand(values, _factor(amax_E, format), out_rows, amax_E)
     values = x_RK.new_zeros(sum(out_rows), x_RK.shape[1])
     amax_E = x_RK.new_zeros(len(rows), dtype=torch.float32)
     for e, (start, count, out, _, key) in enumerate(groups):
-        operand = quantize_operand(x_RK[start : start + count], format, key=key)
+        operand = quantize_plain(
+            x_RK[start : start + count], format, key=key, place=place, amax_group=amax_group
+        )
         values[out : out + len(operand.values)] = operand.values
         amax_E[e] = operand.amax
     return GroupedOperand(values, _factor(amax_E, format), out_rows, amax_E)
@@ -231,7 +238,7 @@ def _factor(amax: Tensor, format: OperandFormat) -> Tensor | None:
     return amax * (1 / LARGEST) if format.format == "nvfp4" else None
 
 
-def product(left: ExactOperand, right: ExactOperand) -> Tensor:
+def product(left: ExactOperand, right: ExactOperand, *, out: Tensor | None = None) -> Tensor:
     """left @ right in the dtype of the values, rounded once: after the factors.
 
     On a CPU the factor is read by the host; on a GPU nothing waits.
@@ -239,10 +246,11 @@ def product(left: ExactOperand, right: ExactOperand) -> Tensor:
     a, b = left.values, right.values
     factors = [f for f in (left.factor, right.factor) if f is not None]
     if not factors:
-        return a @ b
+        return torch.mm(a, b, out=out)
     factor = factors[0] if len(factors) == 1 else factors[0] * factors[1]
     if a.device.type == "cpu":
-        return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=factor.item())
-    if a.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=torch.float32).mul_(factor).to(a.dtype)
-    return (a @ b).mul_(factor)
+        return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=factor.item(), out=out)
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out).mul_(factor)
+    wide = torch.mm(a, b, out_dtype=torch.float32).mul_(factor)
+    return wide.to(a.dtype) if out is None else out.copy_(wide)

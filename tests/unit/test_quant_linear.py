@@ -125,12 +125,12 @@ def test_square_blocks_serve_both_uses_of_a_weight() -> None:
     weight = nn.Parameter(draw(32, 48))
     format = NEAREST.fprop.right
     assert format == NEAREST.dgrad.right
-    first = quantized._weight(weight, format, 0)
-    assert quantized._weight(weight, format, 0) is first
+    first = quantized._weight(weight, format)
+    assert quantized._weight(weight, format) is first
     with torch.no_grad():
         weight.mul_(2)
     quantized.begin(1, 0)
-    assert quantized._weight(weight, format, 0).factor == 2 * first.factor
+    assert quantized._weight(weight, format).factor_E == 2 * first.factor_E
 
 
 def test_stochastic_gradients_are_unbiased_and_repeat_by_step() -> None:
@@ -199,3 +199,42 @@ def test_every_expert_is_a_linear_of_its_own() -> None:
     assert not y[~used].any()
     assert not leaf.grad[~used].any()
     assert not weight.grad[1].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["x", "weight", "dy"])
+def test_the_first_operand_that_is_not_finite_is_named(where: str, bad: float) -> None:
+    x = draw(32, 48, seed=1).requires_grad_()
+    weights = [nn.Parameter(draw(48, 48, seed=i)) for i in range(3)]
+    if where == "x":
+        x.data[5, 7] = bad
+    elif where == "weight":
+        weights[1].data[40, 3] = bad
+    expected = {"x": "layer0: x", "weight": "layer1: weight", "dy": "layer1: dy"}[where]
+    layers = [QuantizedLinear(nvfp4_format(), name=f"layer{i}", seed=0) for i in range(3)]
+    for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
+        layer.begin(1, 0)
+        x = layer(x, weight)
+        if where == "dy" and i == 1:
+            x.register_hook(lambda dy: dy.index_fill(0, torch.tensor(3), bad))
+    x.sum().backward()
+    assert first_not_finite(layers) == expected
+    for layer in layers:
+        layer.begin(2, 0)
+    assert first_not_finite(layers) is None
+
+
+def test_bits_are_those_of_the_micro_batch_of_the_forward_pass() -> None:
+    """Pipelines begin the next micro-batch before the backward pass of one."""
+    weight, dy = nn.Parameter(draw(64, 48, seed=2)), draw(32, 64, seed=3)
+    gradients = []
+    for early in (False, True):
+        quantized = QuantizedLinear(nvfp4_format(), name="layer", seed=0)
+        quantized.begin(1, 0)
+        leaf = draw(32, 48, seed=1).requires_grad_()
+        y = quantized(leaf, weight)
+        if early:
+            quantized.begin(1, 1)
+        y.backward(dy)
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
