@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from nemomodel.quant.formats import MXFP8_E4M3
 from nemomodel.quant.hadamard import hadamard_matrix, transform_rows
-from nemomodel.quant.linear import LinearFormat, ProductFormat, QuantizedLinear
+from nemomodel.quant.linear import (
+    LinearFormat,
+    ProductFormat,
+    QuantizedLinear,
+    first_not_finite,
+)
 from nemomodel.quant.mx import quantize_mx
 from nemomodel.quant.nvfp4 import quantize_nvfp4
 from nemomodel.quant.operand import OperandFormat, product, quantize_operand
