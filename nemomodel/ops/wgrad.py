@@ -1,5 +1,7 @@
 """Where a hand-written backward pass puts the gradient of a weight."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,21 @@ def deliver_grad(weight: Tensor, grad: Tensor) -> Tensor | None:
     if main_grad is None:
         return grad.to(weight.dtype)
     main_grad.add_(grad)  # accumulates in FP32 whatever the dtype of grad
+    return _delivered(weight)
+
+
+def accumulate_grad(weight: Tensor, add: Callable[[Tensor], None]) -> Tensor | None:
+    """`deliver_grad` for a product that adds to an FP32 buffer in weight's shape by itself."""
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        add(grad)
+        return grad.to(weight.dtype)
+    add(main_grad)
+    return _delivered(weight)
+
+
+def _delivered(weight: Tensor) -> Tensor | None:
     weight.grad_added_to_main_grad = True
     if getattr(weight, "needs_dummy_grad", False):
         # Overlapped reduction starts when autograd delivers something; nobody reads the values.
