@@ -163,6 +163,9 @@ class ParallelConfig:
     """Gather updated weights while the next forward pass runs; needs overlap_grad_reduce."""
 
 
+Executor = Literal["emulated", "transformer_engine"]
+
+
 def weight_format(recipe: str) -> Literal["bf16", "fp32"]:
     """Format of the weights in memory by precision.recipe."""
     return "fp32" if recipe == "fp32" else "bf16"
@@ -190,7 +193,7 @@ class PrecisionConfig:
     bf16_last_layers: Annotated[int, Ge(0)] | None = None
     """Blocks at the end of the backbone that are not quantised; none: what the recipe says, 15 %
     of them for nvfp4_super."""
-    executor: Literal["emulated", "transformer_engine"] = "emulated"
+    executor: Executor = "emulated"
     """What multiplies quantised operands: exact emulation on any device, or Transformer Engine on
     a GPU that has the formats."""
     phases: tuple[PhaseConfig, ...] = ()

@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from nemomodel.config.pattern import LayerKind
-from nemomodel.config.precision import Phase, places
+from nemomodel.config.precision import Phase, phases, places
 from nemomodel.config.recipe import Place, Role
+from nemomodel.config.schema import Config, Executor
 from nemomodel.model.block import Block
 from nemomodel.model.layers import Linear
 from nemomodel.model.moe import Experts
@@ -16,6 +18,8 @@ from nemomodel.model.nemotron import Nemotron
 from nemomodel.quant.linear import LinearFormat, QuantizedLinear
 from nemomodel.quant.recipe import FORMATS
 from nemomodel.quant.statistics import Observer
+from nemomodel.quant.transformer_engine import TransformerEngineLinear
+from nemomodel.quant.transformer_engine_recipe import execution
 
 ROLES = {
     LayerKind.MAMBA: {"in_proj": Role.MAMBA_IN, "out_proj": Role.MAMBA_OUT},
@@ -39,6 +43,10 @@ ROLES = {
 """Every linear layer of a mixer by its name there."""
 
 
+LAYERS = {"emulated": QuantizedLinear, "transformer_engine": TransformerEngineLinear}
+"""By precision.executor."""
+
+
 class Slot(NamedTuple):
     """Where the quantised products of a linear layer go."""
 
@@ -56,15 +64,22 @@ class Quantization:
         seed: of stochastic rounding.
     """
 
-    def __init__(self, model: Nemotron, phases: Sequence[Phase], *, seed: int) -> None:
-        self.layers: dict[str, QuantizedLinear] = {}
+    def __init__(
+        self,
+        model: Nemotron,
+        phases: Sequence[Phase],
+        *,
+        seed: int,
+        executor: Executor = "emulated",
+    ) -> None:
+        self.layers: dict[str, QuantizedLinear | TransformerEngineLinear] = {}
         """By name, in the phase of the last `begin`."""
         self.observer: Observer | None = None
         """Given to every layer by `begin`; None observes nothing."""
         self._config, self._slots = model.config, list(_slots(model))
         self.roles = {slot.name: slot.place.role for slot in self._slots}
         """Of every linear layer of this rank, quantised or not."""
-        self._phases, self._seed = tuple(phases), seed
+        self._phases, self._seed, self._executor = tuple(phases), seed, executor
         self._enter(self._phases[0])
 
     def begin(self, step: int, micro_batch: int) -> None:
@@ -86,10 +101,15 @@ class Quantization:
         for place in places(self._config):
             roles.setdefault(_format(phase, place), Counter())[place.role] += 1
         return [
-            f"{f'emulated {format}' if format else 'not quantised'}: "
+            f"{self._executed(format) if format else 'not quantised'}: "
             + ", ".join(f"{role} ({number})" for role, number in counts.items())
             for format, counts in roles.items()
         ]
+
+    def _executed(self, format: LinearFormat) -> str:
+        if self._executor == "emulated":
+            return f"emulated {format}"
+        return f"{execution(format, torch.cuda.get_device_capability())}, {format}"
 
     def _begin(self, phase: Phase, step: int, micro_batch: int) -> None:
         if phase != self._phase:
@@ -103,9 +123,15 @@ class Quantization:
         for slot in self._slots:
             layer = None
             if format := _format(phase, slot.place):
-                layer = QuantizedLinear(format, name=slot.name, seed=self._seed)
+                layer = LAYERS[self._executor](format, name=slot.name, seed=self._seed)
                 self.layers[slot.name] = layer
             setattr(slot.owner, slot.attribute, layer)
+
+
+def formats(config: Config) -> set[LinearFormat]:
+    """Every format that some phase gives some layer."""
+    found = {_format(phase, place) for phase in phases(config) for place in places(config.model)}
+    return {format for format in found if format}
 
 
 def _format(phase: Phase, place: Place) -> LinearFormat | None:

@@ -5,14 +5,15 @@ stochastic rounding gave zeros without a word (TransformerEngine pull request 32
 """
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from nemomodel.quant.formats import E2M1
 from nemomodel.quant.hadamard import SIGNS
+from nemomodel.quant.linear import LinearFormat, ProductFormat
 from nemomodel.quant.operand import (
     ExactOperand,
     OperandFormat,
@@ -25,6 +26,14 @@ from nemomodel.quant.rounding import stream_key
 
 class SelfTestError(RuntimeError):
     """The quantiser of this device does not compute what it should."""
+
+
+class Layer(Protocol):
+    """The face of `QuantizedLinear`, as far as it is tested."""
+
+    def begin(self, step: int, micro_batch: int) -> None: ...
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
 
 class Block(NamedTuple):
@@ -101,11 +110,32 @@ def self_test(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None
     Raises:
         SelfTestError: naming everything that is wrong.
     """
-    faults = [
-        *_known_vectors(device, dtype),
-        *_hadamard(device, dtype),
-        *_stochastic(device, dtype),
-    ]
+    _raise(
+        [
+            *_known_vectors(device, dtype),
+            *_hadamard(device, dtype),
+            *_stochastic(device, dtype),
+        ],
+        device,
+    )
+
+
+def self_test_layers(
+    make: Callable[[LinearFormat], Layer], formats: Iterable[LinearFormat], device: torch.device
+) -> None:
+    """Check what a layer of each format makes of known inputs and of gradients between codes.
+
+    Args:
+        make: a linear layer of the executor that will run.
+
+    Raises:
+        SelfTestError: naming everything that is wrong.
+    """
+    faults = [fault for format in formats for fault in _layer(make(format), format, device)]
+    _raise(faults, device)
+
+
+def _raise(faults: list[str], device: torch.device) -> None:
     if faults:
         raise SelfTestError(
             f"self-test of the quantiser on {device} failed: {'; '.join(faults)}. "
@@ -208,7 +238,36 @@ def _stochastic(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
         yield from _unbiased(format, first, wanted)
 
 
-def _unbiased(format: OperandFormat, codes: Tensor, wanted: Tensor) -> Iterator[str]:
+def _layer(layer: Layer, format: LinearFormat, device: torch.device) -> Iterator[str]:
+    """With a unit matrix as weight the output is the quantised input, and so with gradients."""
+    weight = torch.eye(32, device=device, dtype=torch.bfloat16)
+    between = torch.tensor(_BETWEEN)[:, :1].repeat(_DRAWS // len(_BETWEEN), 1)
+    dy_TO = torch.cat([torch.full_like(between, E2M1.max), between], 1).repeat(1, 16)
+    layer.begin(1, 0)
+    for blocks, name, factor in (
+        (NVFP4_VECTORS[1], "nvfp4", NVFP4_VECTORS[1][0].elements[0] / 2688),
+        (MXFP8_VECTORS, "mxfp8", 1.0),
+    ):
+        x, values = _matrices(blocks, repeats=2, device=device, dtype=torch.bfloat16)
+        x_TI = x.repeat(_DRAWS // len(x), 1).requires_grad_()
+        y_TO = layer(x_TI, weight)
+        if _quantises(format.fprop, name) and not format.fprop.left.stochastic:
+            wanted = (values.float() * factor).repeat(_DRAWS // len(x), 1)
+            if not torch.allclose(y_TO.float(), wanted, rtol=2**-8, atol=0.0):
+                yield f"{format.fprop}: the output is not the product of the known operands"
+        if _quantises(format.dgrad, name) and format.dgrad.left.stochastic:
+            y_TO.backward(dy_TO.to(device, torch.bfloat16))
+            # The scale of every block is that of 6, so these are the codes.
+            yield from _unbiased(format.dgrad, x_TI.grad.cpu().double(), dy_TO.double())
+
+
+def _quantises(product: ProductFormat | None, name: str) -> bool:
+    return product is not None and product.left is not None and product.left.format == name
+
+
+def _unbiased(
+    format: OperandFormat | ProductFormat, codes: Tensor, wanted: Tensor
+) -> Iterator[str]:
     if not torch.equal(codes[wanted.abs() == E2M1.max], wanted[wanted.abs() == E2M1.max]):
         yield f"{format}: the largest code did not stay what it is"
     for value, low, high in _BETWEEN:

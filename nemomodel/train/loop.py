@@ -1,6 +1,7 @@
 """The training run, from a config to an exit code."""
 
 import fcntl
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from nemomodel.data.token_bytes import token_bytes
 from nemomodel.model.count import describe
 from nemomodel.model.init import initialize
 from nemomodel.model.nemotron import DTYPES, Nemotron
-from nemomodel.model.quantize import Quantization
+from nemomodel.model.quantize import LAYERS, Quantization, formats
 from nemomodel.observe.environment import write_run_files
 from nemomodel.observe.logs import setup_logging
 from nemomodel.observe.peak import Peak, peak_flops
@@ -36,8 +37,9 @@ from nemomodel.parallel.mcore import (
     stop_ranks,
     wrap_ddp,
 )
-from nemomodel.quant.selftest import self_test
+from nemomodel.quant.selftest import self_test, self_test_layers
 from nemomodel.quant.statistics import Observer
+from nemomodel.quant.transformer_engine_recipe import require
 from nemomodel.train.faults import EXIT_INTERRUPTED, NotFiniteError, StopRequest, stop_request
 from nemomodel.train.meter import Meter, expert_loads, losses_per_token
 from nemomodel.train.step import DeviceBatch, count_targets, forward_backward, update
@@ -128,7 +130,9 @@ def build_engine(config: Config, ranks: Ranks) -> Engine:
             recompute=frozenset(LayerKind[name.upper()] for name in config.train.recompute),
         )
     initialize(model, seed=config.run.seed)
-    model.quantization = Quantization(model, phases(config), seed=config.run.seed)
+    model.quantization = Quantization(
+        model, phases(config), seed=config.run.seed, executor=config.precision.executor
+    )
     ddp = wrap_ddp(model, config, ranks)
     optimizer = build_optimizer(ddp, config, ranks)
     return Engine(ddp, optimizer, build_scheduler(optimizer, config))
@@ -231,9 +235,20 @@ def _check_packages(config: Config) -> None:
 
 
 def _check_quantizer(config: Config, ranks: Ranks) -> None:
-    if any(phase.recipe for phase in phases(config)):
+    """Whether this machine quantises as the recipes say."""
+    if not (used := formats(config)):
+        return
+    executor = config.precision.executor
+    if executor == "transformer_engine":
+        try:
+            require(used, environment=os.environ)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    else:
         self_test(ranks.device)
-        log.info("self-test of the quantiser on %s: passed", ranks.device)
+    make = functools.partial(LAYERS[executor], name="self-test", seed=config.run.seed)
+    self_test_layers(make, used, ranks.device)
+    log.info("self-test of the quantiser on %s, %s: passed", ranks.device, executor)
 
 
 @contextmanager

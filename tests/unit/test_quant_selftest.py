@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nemomodel.quant import compiled, selftest
+from nemomodel.quant.linear import Call, LinearFormat, QuantizedLinear
 from nemomodel.quant.operand import (
     ExactOperand,
     GroupedOperand,
@@ -17,7 +18,15 @@ from nemomodel.quant.operand import (
     quantize_groups,
     quantize_operand,
 )
-from nemomodel.quant.selftest import MXFP8_VECTORS, NVFP4_VECTORS, Block, SelfTestError, self_test
+from nemomodel.quant.recipe import FORMATS
+from nemomodel.quant.selftest import (
+    MXFP8_VECTORS,
+    NVFP4_VECTORS,
+    Block,
+    SelfTestError,
+    self_test,
+    self_test_layers,
+)
 from nemomodel.train.faults import EXIT_BAD_INPUT, exit_code_of
 from nemomodel.train.loop import run
 from tests.oracles.quant import GRIDS, nearest_value, quantize_nvfp4_oracle
@@ -159,6 +168,32 @@ def test_every_fault_is_named(monkeypatch: pytest.MonkeyPatch, fault: str) -> No
         self_test(CPU)
     assert message in str(caught.value)
     assert "precision.recipe='bf16'" in str(caught.value)
+
+
+def test_layers_of_every_format_pass() -> None:
+    self_test_layers(make_layer, FORMATS.values(), CPU)
+
+
+def make_layer(format: LinearFormat) -> QuantizedLinear:
+    return QuantizedLinear(format, name="self-test", seed=0)
+
+
+class Broken(QuantizedLinear):
+    """As a device whose stochastic rounding gives zeros, and whose outputs are doubled."""
+
+    def _operand(self, name: str, x: Tensor, format: OperandFormat, call: Call) -> GroupedOperand:
+        operand = super()._operand(name, x, format, call)
+        return replace(operand, values=operand.values * (0 if format.stochastic else 2))
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_faults_of_a_layer_are_named(name: str) -> None:
+    format = FORMATS[name]
+    with pytest.raises(SelfTestError) as caught:
+        self_test_layers(lambda f: Broken(f, name="self-test", seed=0), [format], CPU)
+    message = str(caught.value)
+    assert f"{format.fprop}: the output is not the product of the known operands" in message
+    assert ("1.375 became something else than 1.0 or 1.5" in message) is (name == "nvfp4")
 
 
 def _run_and_fail(config: object) -> None:

@@ -3,6 +3,7 @@
 import json
 import sys
 import typing
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,15 +11,16 @@ import pytest
 import torch
 
 import train
-from nemomodel.config.load import load_config
+from nemomodel.config.load import ConfigError, load_config
 from nemomodel.config.precision import describe, phases, places
 from nemomodel.config.recipe import RECIPES, Place, RecipeName, Role
 from nemomodel.config.schema import Config
 from nemomodel.model.nemotron import Nemotron
-from nemomodel.model.quantize import Quantization
+from nemomodel.model.quantize import Quantization, formats
 from nemomodel.quant.linear import LinearFormat
 from nemomodel.quant.operand import OperandFormat
 from nemomodel.quant.recipe import FORMATS, mxfp8_format, nvfp4_format
+from nemomodel.train.loop import run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EVERY_PRODUCT = ("fprop", "dgrad", "wgrad")
@@ -254,3 +256,27 @@ def test_the_announcement_counts_what_the_description_counts() -> None:
     assert lines[0].startswith(
         "emulated fprop BF16 x nvfp4 16x16; dgrad BF16 x nvfp4 16x16; wgrad BF16: mamba.in_proj (2)"
     )
+
+
+def test_formats_of_a_run_are_those_of_all_its_phases() -> None:
+    phase = '[{from_tokens=5000, recipe="nvfp4_super_no_rht"}]'
+    config = load("tiny", "precision.recipe=mxfp8", f"precision.phases={phase}")
+    assert formats(config) == {FORMATS["mxfp8"], FORMATS["nvfp4_no_rht"]}
+    assert formats(load("tiny")) == set()
+
+
+def _run_without_hardware(config: Config) -> None:
+    """For `run_ranks`."""
+    with pytest.raises(ConfigError, match=r'use precision\.executor="emulated"'):
+        run(config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there may be such hardware")
+def test_transformer_engine_without_its_hardware_is_an_error_at_start(
+    run_ranks: Callable, tmp_path: Path
+) -> None:
+    overrides = ("precision.recipe=nvfp4_super", "precision.executor=transformer_engine")
+    config = load("tiny", *overrides, f"run.dir={tmp_path}/run", f"data.cache_dir={tmp_path}/data")
+    run_ranks(1, _run_without_hardware, config)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "data").exists()
