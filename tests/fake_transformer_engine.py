@@ -108,6 +108,7 @@ class Quantizer:
         self.internal = self.optimize_for_gemm = False
         self.rows = self.columns = True
         self.number_of_calls = 0
+        self.with_amax_reduction, self.amax_reduction_group = False, None
 
     def copy(self) -> "Quantizer":
         made = Quantizer(self.recipe, self.what)

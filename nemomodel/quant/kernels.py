@@ -61,12 +61,18 @@ def quantize_groups(
     counts: Sequence[int],
     *,
     keys: Sequence[Key] | None,
-    place: Place2D | None = None,
-    amax_group: dist.ProcessGroup | None = None,
+    place: Place2D | None,
+    amax_group: dist.ProcessGroup | None,
 ) -> GroupedOperand:
     """`operand.quantize_groups` of a CUDA tensor: one launch per pass, whatever the groups."""
     out_rows = [format.rows_of(n) for n in rows]
+    values = x_RK.new_empty(sum(out_rows), x_RK.shape[1])
     tiles = [-(-n // _tile(format)[0]) for n in out_rows]
+    if list(rows) == list(counts) == [len(x_RK)]:  # needs no table
+        launch = _Launch(x_RK, format, tiles[0], groups=0, table=None)
+        key = keys[0] if keys else (0, 0)
+        factor_E, amax_E = launch.run(len(x_RK), values, key, place, amax_group)
+        return GroupedOperand(values, factor_E, out_rows, amax_E)
     ends = [list(itertools.accumulate(n)) for n in (tiles, rows, out_rows)]
     starts = [[0, *end[:-1]] for end in ends]
     streams = zip(*(keys or [(0, 0)] * len(rows)), strict=True)
@@ -74,7 +80,6 @@ def quantize_groups(
     columns = [ends[0], *starts, counts, out_rows, *streams]
     table = torch.tensor(columns, dtype=torch.int32, pin_memory=x_RK.is_cuda)
     table = table.to(x_RK.device, non_blocking=True)
-    values = x_RK.new_empty(sum(out_rows), x_RK.shape[1])
     launch = _Launch(x_RK, format, sum(tiles), groups=len(rows), table=table)
     factor_E, amax_E = launch.run(0, values, (0, 0), place, amax_group)
     return GroupedOperand(values, factor_E, out_rows, amax_E)

@@ -8,7 +8,7 @@ GPU has run this file yet, neither Blackwell nor Hopper.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemomodel.ops.wgrad import accumulate_grad
-from nemomodel.quant.linear import LinearFormat
+from nemomodel.quant.linear import LinearFormat, Share
 from nemomodel.quant.rounding import stream_key
 from nemomodel.quant.statistics import Observer
 from nemomodel.quant.transformer_engine_recipe import EXECUTOR, INSTEAD, execution, make_recipe
@@ -38,19 +38,29 @@ class TransformerEngineLinear:
 
     Random bits are those of Transformer Engine's generator. It is started from (seed, step,
     micro-batch, name, call), so that a resumed run draws those of the uninterrupted one; they
-    depend on how ranks share a tensor.
+    depend on how ranks share a tensor. Values that are not finite have no error of their own here.
 
     Raises:
         ValueError: as `execution`.
     """
 
-    def __init__(self, format: LinearFormat, *, name: str, seed: int) -> None:
+    def __init__(
+        self,
+        format: LinearFormat,
+        *,
+        name: str,
+        seed: int,
+        shares: Mapping[str, Share] | None = None,
+        first_expert: int = 0,
+    ) -> None:
         from transformer_engine.pytorch.quantization import RecipeState
 
         self.format, self.name, self.seed = format, name, seed
+        shares = shares or {}
         self.execution = execution(format, torch.cuda.get_device_capability())
         self.observer: Observer | None = None
-        """There for the face of `QuantizedLinear`: operands stay inside Transformer Engine."""
+        self.amax: dict[str, Tensor] = {}
+        """Both there for the face of `QuantizedLinear`: operands stay inside Transformer Engine."""
         recipe = make_recipe(self.execution)
         forward = RecipeState.create(recipe, mode="forward", num_quantizers=2)
         backward = RecipeState.create(recipe, mode="backward", num_quantizers=1)
@@ -60,6 +70,13 @@ class TransformerEngineLinear:
             quantizer.internal = True  # no tensor subclass: nobody else sees them
         for quantizer in (self.input, self.grad):
             quantizer.optimize_for_gemm = True
+        for operand, quantizer in (("x", self.input), ("weight", self.weight), ("dy", self.grad)):
+            if operand in shares and hasattr(quantizer, "with_amax_reduction"):
+                quantizer.with_amax_reduction = True
+                quantizer.amax_reduction_group = shares[operand].group
+        gradient = shares.get("dy")
+        # Ranks round different tokens, and different experts, with different bits.
+        self._part = first_expert, gradient.token_rank if gradient else 0
         self._weights: dict[int, Any] = {}
         self._step = self._micro_batch = self._calls = 0
 
@@ -104,7 +121,7 @@ class TransformerEngineLinear:
             return
         generator = torch.cuda.default_generators[device.index or 0]
         before = generator.get_state()
-        high, low = stream_key(self.seed, *call, self.name)
+        high, low = stream_key(self.seed, *call, self.name, *self._part)
         generator.manual_seed((high % 2**31) << 32 | low % 2**32)
         yield
         generator.set_state(before)

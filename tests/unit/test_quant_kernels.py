@@ -95,11 +95,22 @@ def interpreted() -> dict[str, Any]:
         for name, x in INPUTS.items():
             found[f"{format} {name}"] = quantize(x, format)
         keys = [stream_key("kernels", e) for e in range(len(ROWS))] if format.stochastic else None
-        made = kernels.quantize_groups(normal(80, 70), format, ROWS, COUNTS, keys=keys)
+        made = kernels.quantize_groups(
+            normal(80, 70), format, ROWS, COUNTS, keys=keys, place=None, amax_group=None
+        )
         found[f"{format} groups"] = made.values, made.factor_E, made.amax_E, made.rows
     x, place, at = part()
     for format in STOCHASTIC:
         found[f"{format} part"] = quantize(x[at], format, place)
+        keys = [key_of(format), stream_key("other")]
+        for rows in ([40], [24, 16]):
+            made = kernels.quantize_groups(
+                *(normal(40, 40), format, rows, rows),
+                keys=keys[: len(rows)],
+                place=FAR,
+                amax_group=None,
+            )
+            found[f"{format} {rows} far"] = made.values, made.factor_E, made.amax_E
         found[f"{format} far"] = quantize(normal(20, 40), format, FAR)
     return found
 
@@ -170,6 +181,17 @@ def test_counters_wrap_around(format: OperandFormat, results: dict[str, Any]) ->
     values, *_ = results[f"{format} far"]
     expected = quantize_plain(normal(20, 40), format, key=key_of(format), place=FAR)
     assert_same_bits(values, expected.values)
+    keys = [key_of(format), stream_key("other")]
+    for rows in ([40], [24, 16]):
+        values, factor_E, amax_E = results[f"{format} {rows} far"]
+        out = 0
+        for e, x in enumerate(normal(40, 40).split(rows)):
+            expected = quantize_plain(x, format, key=keys[e], place=FAR)
+            assert_same_bits(values[out : out + len(expected.values)], expected.values)
+            assert_same_bits(amax_E[e], expected.amax)
+            assert_same_bits(None if factor_E is None else factor_E[e], expected.factor)
+            out += len(expected.values)
+        assert out == len(values)
 
 
 @pytest.fixture
@@ -208,7 +230,8 @@ def test_kernels_compile_for_every_target(target: list[Any]) -> None:
     columns = OperandFormat("nvfp4", "columns", stochastic=True)
     kernels.quantize_matrix(x, columns, key=(1, 2), place=place, amax_group=None)
     rows = OperandFormat("nvfp4", "rows", stochastic=True, hadamard=True)
-    kernels.quantize_groups(half, rows, [16, 48], [16, 48], keys=[(1, 2), (3, 4)])
+    experts, keys = [16, 48], [(1, 2), (3, 4)]
+    kernels.quantize_groups(half, rows, experts, experts, keys=keys, place=None, amax_group=None)
     mx = OperandFormat("mxfp8", "rows")
     kernels.quantize_matrix(half, mx, key=None, place=None, amax_group=None)
     assert len(target) == 5

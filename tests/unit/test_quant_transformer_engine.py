@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nemomodel.quant.linear import LinearFormat, QuantizedLinear
+from nemomodel.quant.linear import LinearFormat, QuantizedLinear, Share
 from nemomodel.quant.recipe import FORMATS, mxfp8_format, nvfp4_format
 from nemomodel.quant.transformer_engine import TransformerEngineLinear
 from nemomodel.quant.transformer_engine_recipe import SWITCHES, execution, make_recipe, require
@@ -148,6 +148,16 @@ def test_random_bits_are_named_by_their_forward_pass(experts: bool) -> None:
     assert torch.equal(torch.cuda.default_generators[0].get_state(), state)
 
 
+@pytest.mark.usefixtures("engine")
+def test_ranks_that_share_a_tensor_share_its_largest_magnitude() -> None:
+    group: Any = object()
+    shares = {"x": Share(group), "dy": Share(group, token_rank=1)}
+    layer = TransformerEngineLinear(NEAREST, name="layer", seed=0, shares=shares)
+    for quantizer, shared in ((layer.input, True), (layer.grad, True), (layer.weight, False)):
+        assert quantizer.with_amax_reduction == shared
+        assert (quantizer.amax_reduction_group is group) == shared
+
+
 @pytest.mark.parametrize(("format", "capability"), PLACES, ids=["nvfp4", "mxfp8", "hopper"])
 def test_the_environment_changes_no_recipe(
     format: LinearFormat, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -249,6 +259,7 @@ json.dump([{k: str(getattr(r, k)) for k in dir(r) if not k.startswith("_")
 
 
 @needs_transformer_engine
+@pytest.mark.slow  # imports the package twice
 def test_the_environment_changes_no_recipe_of_the_package() -> None:
     def made(**environment: str) -> Any:
         run = subprocess.run(
