@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nemomodel.observe.files import write_atomically
 
@@ -30,10 +30,15 @@ class Outcome:
     final: float | None
     """Loss after the last step; None: the run diverged."""
 
+    @property
+    def mean(self) -> float | None:
+        """Training loss over the whole run; None: it diverged."""
+        return None if self.final is None else statistics.fmean(self.losses)
+
 
 @dataclass(frozen=True)
 class Gap:
-    """(loss - other) / other of final losses within a seed, over the seeds that both sides have."""
+    """(loss - other) / other of two runs of a seed, over the seeds that both sides have."""
 
     num_seeds: int
     mean: float
@@ -70,13 +75,13 @@ class Comparison:
     full: str
     outcomes: Sequence[Outcome]
 
-    def gap(self, name: str, other: str) -> Gap | None:
+    def gap(self, name: str, other: str, loss: Literal["final", "mean"] = "final") -> Gap | None:
         """None: no seed has finished with both."""
-        final = {(o.name, o.seed): o.final for o in self.outcomes if o.final is not None}
+        losses = {(o.name, o.seed): getattr(o, loss) for o in self.outcomes if o.final is not None}
         gaps = [
-            loss / final[other, seed] - 1
-            for (which, seed), loss in final.items()
-            if which == name and (other, seed) in final
+            value / losses[other, seed] - 1
+            for (which, seed), value in losses.items()
+            if which == name and (other, seed) in losses
         ]
         if not gaps or name == other:
             return None
@@ -106,6 +111,7 @@ class Comparison:
                 "runs": sum(o.name == name for o in self.outcomes),
                 "diverged": sum(o.name == name and o.final is None for o in self.outcomes),
                 "gap_to_baseline": self.gap(name, self.baseline),
+                "gap_over_run": self.gap(name, self.baseline, "mean"),
                 "gap_to_full": self.gap(name, self.full),
             }
             for name in self.names
@@ -139,34 +145,40 @@ class Comparison:
         lines = [
             f"# {self.title}",
             "",
-            "Relative gaps of the loss after the last step within a seed: mean +- standard error "
-            "over seeds. Separated: 0 is outside the 95 % interval of Student's t.",
+            "Relative gaps within a seed, mean +- standard error over seeds, of the loss after the "
+            "last step, and of the mean training loss over the run. Separated: 0 is outside the "
+            "95 % interval of Student's t.",
             "",
-            f"| | runs | gap to {self.baseline} | gap to {self.full} |",
-            "|---|---|---|---|",
+            f"| | runs | gap to {self.baseline} | over the run | gap to {self.full} |",
+            "|---|---|---|---|---|",
         ]
         rows = self.rows()
         for row in rows:
             runs = f"{row['runs']}" + (f", {row['diverged']} diverged" if row["diverged"] else "")
-            gaps = (str(row[key] or "") for key in ("gap_to_baseline", "gap_to_full"))
+            gaps = (str(gap or "") for key, gap in row.items() if key.startswith("gap_"))
             lines.append(f"| {row['name']} | {runs} | {' | '.join(gaps)} |")
         compared = [row for row in rows if row["gap_to_baseline"]]
-        separated = [row["name"] for row in compared if row["gap_to_baseline"].separated]
+        at_the_end, over_the_run = (
+            ", ".join(row["name"] for row in compared if row[key].separated) or "none"
+            for key in ("gap_to_baseline", "gap_over_run")
+        )
         lines += [
             "",
-            f"Separated from {self.baseline}: {', '.join(separated) or 'none'}, of "
-            f"{len(compared)} compared. Each is tested by itself: of twenty that do not differ one "
-            "looks separated by chance.",
+            f"Separated from {self.baseline} at the end: {at_the_end}; over the run: "
+            f"{over_the_run}; of {len(compared)} compared. Each is tested by itself: of twenty "
+            "that do not differ one looks separated by chance.",
         ]
         return "\n".join(lines) + "\n"
 
     def plot(self, path: Path) -> None:
         """The gap of the training loss over tokens, mean and standard error over seeds."""
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 5), layout="constrained")
         axes = figure.subplots()
         points = self.curves()
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)
         for name in self.names:
             gaps: dict[int, list[float]] = {}
             for which, _, tokens, _, gap in points:
@@ -182,10 +194,9 @@ class Comparison:
             (line,) = axes.plot(list(gaps), means, label=name)
             low, high = ([m + s * e for m, e in zip(means, errors, strict=True)] for s in (-1, 1))
             axes.fill_between(list(gaps), low, high, color=line.get_color(), alpha=0.15)
-        axes.axhline(0, color="black", linewidth=0.8)
+        axes.axhline(0, color="black", linewidth=0.8, label=self.baseline)
         axes.set(xlabel="tokens", ylabel=f"training loss, gap to {self.baseline} in %")
-        if len(axes.get_lines()) > 1:
-            axes.legend(fontsize="small")
+        figure.legend(loc="outside right upper", fontsize="small")
         partial = path.with_name(f".{path.name}.partial")
         figure.savefig(partial, format="png", dpi=120)
         partial.replace(path)

@@ -49,6 +49,9 @@ def test_table_is_that_of_the_runs_and_complete_runs_are_kept(
     assert nvfp4["gap_to_baseline"]["mean"] == pytest.approx(statistics.fmean(gaps), rel=1e-12)
     error = statistics.stdev(gaps) / 2**0.5
     assert nvfp4["gap_to_baseline"]["standard_error"] == pytest.approx(error, rel=1e-12)
+    mean = {p.name: statistics.fmean(r["loss/lm"] for r in records(p)) for p in runs.iterdir()}
+    gaps = [mean[f"nvfp4_seed{s}"] / mean[f"bf16_seed{s}"] - 1 for s in (1, 2)]
+    assert nvfp4["gap_over_run"]["mean"] == pytest.approx(statistics.fmean(gaps), rel=1e-12)
 
     with (tmp_path / "study/study.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -147,3 +150,10 @@ def test_diverged_runs_have_no_gap() -> None:
     found = Comparison("runs", ["base", "other"], "base", "base", outcomes)
     assert found.gap("other", "base") is None
     assert "| other | 1, 1 diverged |" in found.markdown()
+
+
+def test_plot_appears_complete(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    comparison([0.01, 0.02]).write(tmp_path, stem="study", plot=True)
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".csv", ".json", ".md", ".png"]
