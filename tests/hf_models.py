@@ -312,8 +312,6 @@ def mixer_as_ours(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one layer: norm and mixer."""
     yield "norm.weight", tensors.pop("norm.weight")
     mixer = {name.removeprefix("mixer."): value for name, value in tensors.items()}
-    if "q_proj.weight" in mixer:
-        yield "mixer.qkv_proj.weight", torch.cat([mixer.pop(f"{n}_proj.weight") for n in "qkv"])
     if "conv1d.weight" in mixer:
         yield "mixer.conv_weight", mixer.pop("conv1d.weight").squeeze(1)
     for name, value in mixer.items():

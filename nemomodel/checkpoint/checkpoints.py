@@ -43,6 +43,7 @@ from nemomodel.checkpoint.files import (
 from nemomodel.checkpoint.state import Engine, copy_shards, random_states, restore, rng_name
 from nemomodel.checkpoint.weights import SAME_MODEL
 from nemomodel.config.load import config_to_dict
+from nemomodel.config.pattern import CUT
 from nemomodel.config.schema import Config
 from nemomodel.parallel.mcore import Ranks
 
@@ -281,7 +282,7 @@ def _step_of_partial(partial: Path) -> int:
 
 
 def _check_model(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    saved, ours = _flat(saved), _flat(ours)
+    saved, ours = (_flat(m | {"layer_pattern": _letters(m)}) for m in (saved, ours))
     lines = [
         f"saved with model.{key}={json.dumps(saved.get(key))}, "
         f"this run has {json.dumps(ours.get(key))}"
@@ -290,6 +291,11 @@ def _check_model(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> N
     ]
     if lines:
         raise CheckpointError(f"checkpoint {folder}: {'; '.join(lines)}; the models differ")
+
+
+def _letters(model: dict[str, Any]) -> str:
+    """Pipeline stages may be cut elsewhere: that is another layout of the same model."""
+    return model["layer_pattern"].replace(CUT, "")
 
 
 def _changes(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:

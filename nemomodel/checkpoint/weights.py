@@ -21,6 +21,7 @@ from nemomodel.checkpoint.files import (
 )
 from nemomodel.checkpoint.huggingface.folder import Folder, is_hf_folder, open_folder
 from nemomodel.config.load import parse_model
+from nemomodel.config.pattern import CUT
 from nemomodel.config.schema import ModelConfig
 from nemomodel.model.nemotron import Nemotron
 
@@ -123,6 +124,8 @@ def _check_config(folder: Path, saved: ModelConfig, ours: ModelConfig) -> None:
 def _differences(saved: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key in ours:
         name, a, b = prefix + key, saved[key], ours[key]
+        if key == "layer_pattern":
+            a, b = a.replace(CUT, ""), b.replace(CUT, "")
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{name}.")
         elif a != b and name not in _SAME_WEIGHTS:

@@ -6,6 +6,7 @@ key = value: what is wrong; what would be right.
 from collections.abc import Iterator
 
 from nemomodel.config import precision
+from nemomodel.config.layout import layout_problems, layout_rank_problems
 from nemomodel.config.pattern import LayerKind, parse_pattern
 from nemomodel.config.schema import Config, ModelConfig
 
@@ -15,8 +16,8 @@ def problems(config: Config) -> Iterator[str]:
     yield from model_problems(config.model)
     if not list(_patterns(config.model)):
         yield from _recompute(config)
+        yield from layout_problems(config)
         yield from precision.problems(config)
-    yield from _parallel(config)
     yield from _train(config)
     yield from _schedule(config)
     yield from _data(config)
@@ -30,11 +31,10 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
 def rank_problems(config: Config, world_size: int) -> Iterator[str]:
     """Rules that need the number of ranks."""
     p = config.parallel
-    model_ranks = p.tp * p.pp * p.cp
-    if world_size % model_ranks:
-        yield f"parallel: tp*pp*cp={model_ranks} does not divide WORLD_SIZE={world_size}"
+    if found := list(layout_rank_problems(config, world_size)):
+        yield from found
         return
-    dp = world_size // model_ranks
+    dp = world_size // (p.tp * p.pp * p.cp)
     per_pass = config.train.micro_batch_size * dp
     if config.train.global_batch_size % per_pass:
         yield (
@@ -121,18 +121,6 @@ def _recompute(config: Config) -> Iterator[str]:
                 f"train.recompute={name!r} has no effect: the model has no such layer; "
                 f"use some of {', '.join(sorted(used))}"
             )
-
-
-def _parallel(config: Config) -> Iterator[str]:
-    p = config.parallel
-    for key in ("tp", "pp", "cp", "ep", "etp"):
-        if (value := getattr(p, key)) != 1:
-            yield f"parallel.{key}={value}: only data parallelism is built; use 1"
-    if p.overlap_param_gather and not p.overlap_grad_reduce:
-        yield (
-            "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true; "
-            "set both or neither"
-        )
 
 
 def _train(config: Config) -> Iterator[str]:

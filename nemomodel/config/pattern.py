@@ -2,10 +2,14 @@
 
     M  Mamba-2 mixer        *  attention (GQA)        E  LatentMoE        -  dense MLP
 
+A `|` between two letters cuts the backbone into pipeline stages; it is no part of the model.
+
 Source of the notation: Megatron-LM core/models/hybrid/hybrid_layer_allocation.py @ d98e8a64.
 """
 
 from enum import StrEnum
+
+CUT = "|"
 
 
 class LayerKind(StrEnum):
@@ -18,11 +22,12 @@ class LayerKind(StrEnum):
 
 
 def parse_pattern(pattern: str) -> tuple[LayerKind, ...]:
-    """Turn ``"MEM*-"`` into layer kinds.
+    """Turn ``"MEM*-"`` into layer kinds, without the cuts.
 
     Raises:
         ValueError: the pattern is empty or has another letter than ``M * E -``.
     """
+    pattern = pattern.replace(CUT, "")
     if not pattern:
         raise ValueError("the pattern is empty; use letters of M * E -")
     unknown = sorted(set(pattern) - {kind.value for kind in LayerKind})

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import AllowInfNan
 
-from nemomodel.config.pattern import LayerKind, parse_pattern
+from nemomodel.config.pattern import CUT, LayerKind, parse_pattern
 from nemomodel.config.recipe import RecipeName
 
 Count = Annotated[int, Gt(0)]
@@ -112,7 +112,8 @@ class MtpConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     layer_pattern: str
-    """One letter per block: M Mamba-2, * attention, E LatentMoE, - dense MLP."""
+    """One letter per block: M Mamba-2, * attention, E LatentMoE, - dense MLP. A | cuts pipeline
+    stages; without any the cut is balanced by FLOPs."""
     hidden_size: Count
     """Model width (D)."""
     vocab_size: Count
@@ -127,6 +128,11 @@ class ModelConfig:
     attention: AttentionConfig | None = None
     moe: MoeConfig | None = None
     mtp: MtpConfig | None = None
+
+    @property
+    def letters(self) -> str:
+        """`layer_pattern` without the cuts between pipeline stages."""
+        return self.layer_pattern.replace(CUT, "")
 
     @property
     def layers(self) -> tuple[LayerKind, ...]:

@@ -10,26 +10,64 @@ from nemomodel.model.layers import CachedLinear, Linear
 from nemomodel.model.past import STEP_POSITIONS, Past
 from nemomodel.ops.attention import causal_attention
 from nemomodel.ops.documents import Documents
+from nemomodel.parallel.exchange import (
+    gather_positions,
+    heads_to_positions,
+    positions_to_heads,
+    scatter_positions,
+)
+from nemomodel.parallel.mesh import SINGLE, Mesh
+from nemomodel.parallel.shard import relative, scaled, shared_by, stacked
 
 
 class Attention(nn.Module):
-    """out_proj(softmax(q k^T / sqrt(P)) v) over the earlier positions of the same document."""
+    """out_proj(softmax(q k^T / sqrt(P)) v) over the earlier positions of the same document.
 
-    def __init__(self, config: AttentionConfig, hidden_size: int, *, dtype: torch.dtype):
+    tp and cp cut the heads. With more tp ranks than key/value heads each rank makes the keys and
+    values of all heads, for its own positions; with more ranks than such heads in all, several
+    work with the same ones.
+    """
+
+    def __init__(
+        self, config: AttentionConfig, hidden_size: int, *, dtype: torch.dtype, mesh: Mesh = SINGLE
+    ):
         super().__init__()
-        self.head_dim = config.head_dim
-        q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-        self.split = [q_size, kv_size, kv_size]
-        self.qkv_proj = Linear(hidden_size, sum(self.split), dtype=dtype)  # rows q | k | v
-        self.out_proj = Linear(q_size, hidden_size, dtype=dtype)
+        H, G, P = config.num_heads, config.num_kv_heads, config.head_dim
+        self.head_dim, self.tp, self.cp = P, mesh.tp, mesh.cp
+        heads = mesh.tp.part(H)
+        self.groups = shared_by(heads, H // G)
+        self.kv_cut = G % mesh.tp.size == 0
+        kv_rows = [scaled(self.groups, P)] if self.kv_cut else None
+        self.q_proj = Linear(hidden_size, H * P, dtype=dtype, rows=[scaled(heads, P)])
+        self.k_proj = Linear(hidden_size, G * P, dtype=dtype, rows=kv_rows)
+        self.v_proj = Linear(hidden_size, G * P, dtype=dtype, rows=kv_rows)
+        self.out_proj = Linear(H * P, hidden_size, dtype=dtype, columns=[scaled(heads, P)])
+        # The channels of q | k | v that each cp rank works on.
+        self.parts = []
+        for each in mesh.cp.parts(heads):
+            q, kv = relative(each, heads), relative(shared_by(each, H // G), self.groups)
+            sizes = [(len(heads), q), (len(self.groups), kv), (len(self.groups), kv)]
+            self.parts.append([scaled(part, P) for part in stacked(*sizes)])
 
     def forward(self, x_SBD: Tensor, documents: Documents | None) -> Tensor:
-        q, k, v = self.qkv_proj(x_SBD).split(self.split, dim=-1)
+        whole_SBD = gather_positions(x_SBD, self.tp)
+        q, k, v = self.q_proj(whole_SBD), *self._keys_and_values(x_SBD, whole_SBD)
+        if self.cp.size > 1:
+            qkv = positions_to_heads(torch.cat([q, k, v], -1), self.parts, self.cp)
+            q, k, v = qkv.split([len(part) for part in self.parts[0]], -1)
         q_SBHP, k_SBGP, v_SBGP = (
             rearrange(t, "s b (h p) -> s b h p", p=self.head_dim) for t in (q, k, v)
         )
         y_SBHP = causal_attention(q_SBHP, k_SBGP, v_SBGP, documents)
-        return self.out_proj(rearrange(y_SBHP, "s b h p -> s b (h p)"))
+        y_SBI = heads_to_positions(rearrange(y_SBHP, "s b h p -> s b (h p)"), self.cp)
+        return scatter_positions(self.out_proj(y_SBI), self.tp)
+
+    def _keys_and_values(self, x_SBD: Tensor, whole_SBD: Tensor) -> tuple[Tensor, ...]:
+        if self.kv_cut:
+            return self.k_proj(whole_SBD), self.v_proj(whole_SBD)
+        kv = gather_positions(torch.cat([self.k_proj(x_SBD), self.v_proj(x_SBD)], -1), self.tp)
+        mine = scaled(self.groups, self.head_dim)
+        return tuple(t[..., mine.start : mine.stop] for t in kv.chunk(2, -1))
 
 
 class CachedAttention:
@@ -40,13 +78,13 @@ class CachedAttention:
     """
 
     def __init__(self, mixer: Attention, *, batch_size: int, max_length: int):
-        q_size, kv_size, _ = mixer.split
-        self.head_dim, self.split = mixer.head_dim, [q_size, 2 * kv_size]
-        self.heads_per_group, self.num_groups = q_size // kv_size, kv_size // mixer.head_dim
-        self.qkv_proj = CachedLinear(mixer.qkv_proj.weight)
+        q, k, v = (p.weight for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        self.head_dim, self.split = mixer.head_dim, [len(q), 2 * len(k)]
+        self.heads_per_group, self.num_groups = len(q) // len(k), len(k) // mixer.head_dim
+        self.qkv_proj = CachedLinear(torch.cat([q, k, v]))
         self.out_proj = CachedLinear(mixer.out_proj.weight)
         shape = 2, batch_size, self.num_groups, max_length, mixer.head_dim
-        self.kv = mixer.qkv_proj.weight.new_zeros(shape)
+        self.kv = q.new_zeros(shape)
 
     def __call__(self, x_TD: Tensor, past: Past) -> Tensor:
         S, B, length, G, P = *past[:3], self.num_groups, self.head_dim

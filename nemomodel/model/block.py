@@ -13,6 +13,7 @@ from nemomodel.model.layers import MLP, RMSNorm
 from nemomodel.model.mamba import Mamba
 from nemomodel.model.moe import LatentMoE
 from nemomodel.ops.documents import Documents
+from nemomodel.parallel.mesh import Mesh
 
 
 class Load(NamedTuple):
@@ -26,7 +27,13 @@ class Block(nn.Module):
     """Pre-norm residual block with a single mixer; the residual has the model's dtype."""
 
     def __init__(
-        self, kind: LayerKind, config: ModelConfig, *, dtype: torch.dtype, recompute: bool
+        self,
+        kind: LayerKind,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        recompute: bool,
+        mesh: Mesh,
     ):
         super().__init__()
         self.kind, self.recompute = kind, recompute
@@ -34,13 +41,13 @@ class Block(nn.Module):
         self.norm = RMSNorm(D, eps=config.norm_eps, dtype=dtype)
         match kind:
             case LayerKind.MAMBA:
-                self.mixer = Mamba(config.mamba, D, config.norm_eps, dtype=dtype)
+                self.mixer = Mamba(config.mamba, D, config.norm_eps, dtype=dtype, mesh=mesh)
             case LayerKind.ATTENTION:
-                self.mixer = Attention(config.attention, D, dtype=dtype)
+                self.mixer = Attention(config.attention, D, dtype=dtype, mesh=mesh)
             case LayerKind.MOE:
-                self.mixer = LatentMoE(config.moe, D, dtype=dtype)
+                self.mixer = LatentMoE(config.moe, D, dtype=dtype, mesh=mesh)
             case LayerKind.MLP:
-                self.mixer = MLP(D, config.ffn_size, dtype=dtype)
+                self.mixer = MLP(D, config.ffn_size, dtype=dtype, mesh=mesh)
 
     def forward(self, x_SBD: Tensor, documents: Documents | None) -> tuple[Tensor, Load | None]:
         if self.recompute and torch.is_grad_enabled():

@@ -25,7 +25,7 @@ def describe(config: Config) -> dict[str, Any]:
     active = backbone - sum(_idle_parameters(model, kind) for kind in model.layers)
     embedding = model.vocab_size * model.hidden_size
     return {
-        "layer_pattern": model.layer_pattern,
+        "layer_pattern": model.letters,
         "parameters_by_kind": _parameters_by_kind(model),
         "parameters_backbone": backbone,
         "parameters_mtp": mtp,
@@ -84,6 +84,14 @@ def layer_flops(model: ModelConfig, kind: LayerKind, seq_length: int) -> Counter
     return _mlp_flops(model)
 
 
+def block_flops(config: Config) -> tuple[list[int], int]:
+    """FLOPs for one token of every block, and of what follows the last: head and MTP."""
+    model, seq_length = config.model, config.train.seq_length
+    blocks = [layer_flops(model, kind, seq_length).total() for kind in model.layers]
+    depths = model.mtp.num_depths if model.mtp else 0
+    return blocks, _head_flops(model) + depths * _mtp_flops(model, seq_length).total()
+
+
 def _backbone_shapes(model: ModelConfig) -> Shapes:
     shapes: Shapes = {"embedding.weight": (model.vocab_size, model.hidden_size)}
     for index, kind in enumerate(model.layers):
@@ -131,7 +139,9 @@ def _attention_shapes(model: ModelConfig) -> Shapes:
     D, P = model.hidden_size, model.attention.head_dim
     queries, keys = model.attention.num_heads, model.attention.num_kv_heads
     return {
-        "qkv_proj.weight": ((queries + 2 * keys) * P, D),
+        "q_proj.weight": (queries * P, D),
+        "k_proj.weight": (keys * P, D),
+        "v_proj.weight": (keys * P, D),
         "out_proj.weight": (D, queries * P),
     }
 

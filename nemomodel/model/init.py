@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nemomodel.config.schema import ModelConfig
 from nemomodel.model.nemotron import Nemotron
+from nemomodel.parallel.shard import Shard, shard_of
 
 OUTPUT_WEIGHTS = ("out_proj.weight", "fc2.weight", "experts.fc2", "latent_up.weight")
 """Projections back into the residual stream: init_std / sqrt(layers)."""
@@ -23,13 +24,19 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
 def initialize(model: Nemotron, *, seed: int) -> None:
     """Fill every parameter and buffer.
 
-    The values depend on the seed and the parameter's name and shape alone, not on the device,
-    the order of parameters or the number of ranks. Drawn in FP32, then rounded.
+    The values depend on the seed and the parameter's name and whole shape alone, not on the
+    device, the order of parameters or which part of them a rank holds. Drawn in FP32, then
+    rounded; every expert has a stream of its own.
     """
     for name, parameter in model.named_parameters():
-        generator = torch.Generator().manual_seed(_seed(seed, name))
-        value = torch.empty(parameter.shape, dtype=torch.float32)
-        parameter.copy_(_draw(name, value, generator, model.config))
+        shard = shard_of(parameter)
+        if len(shard.shape) == 3:
+            (experts,) = shard.ranges[0]
+            one = Shard(shard.shape[1:], shard.ranges[1:])
+            for e, expert in zip(experts, parameter, strict=True):
+                expert.copy_(one.cut(_draw(name, one.shape, f"{name}.{e}", seed, model.config)))
+        else:
+            parameter.copy_(shard.cut(_draw(name, shard.shape, name, seed, model.config)))
     for buffer in model.buffers():
         buffer.zero_()
 
@@ -39,7 +46,9 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _draw(name: str, value: Tensor, generator: torch.Generator, config: ModelConfig) -> Tensor:
+def _draw(name: str, shape: tuple[int, ...], stream: str, seed: int, config: ModelConfig) -> Tensor:
+    generator = torch.Generator().manual_seed(_seed(seed, stream))
+    value = torch.empty(shape, dtype=torch.float32)
     leaf = name.rpartition(".")[2]
     if leaf == "A_log":
         return value.uniform_(1, 16, generator=generator).log_()

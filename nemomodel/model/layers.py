@@ -1,5 +1,7 @@
 """The parts every layer is made of: linear, norm, dense MLP. Sequence first, no biases."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,15 +11,31 @@ from nemomodel.ops.linear import linear
 from nemomodel.ops.norm import rms_norm
 from nemomodel.ops.precision import wide
 from nemomodel.ops.product import onednn_linear
+from nemomodel.parallel.exchange import gather_positions, scatter_positions
+from nemomodel.parallel.mesh import SINGLE, Mesh
+from nemomodel.parallel.shard import parameter
 from nemomodel.quant.linear import QuantizedLinear
 
 
 class Linear(nn.Module):
-    """y = x W^T."""
+    """y = x W^T.
 
-    def __init__(self, in_size: int, out_size: int, *, dtype: torch.dtype):
+    Args:
+        in_size, out_size: of the whole layer.
+        rows, columns: the part of W [out_size, in_size] that this rank holds.
+    """
+
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        dtype: torch.dtype,
+        rows: Sequence[range] | None = None,
+        columns: Sequence[range] | None = None,
+    ):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_size, in_size, dtype=dtype))
+        self.weight = parameter(out_size, in_size, dtype=dtype, rows=rows, columns=columns)
         self.quantized: QuantizedLinear | None = None  # see model/quantize.py
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,22 +50,25 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, *, eps: float, dtype: torch.dtype):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
+        self.weight = parameter(size, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
 
 class MLP(nn.Module):
-    """y = fc2 relu(fc1 x)^2: the dense layer, and the shared expert."""
+    """y = fc2 relu(fc1 x)^2: the dense layer, and the shared expert. tp cuts the inner width."""
 
-    def __init__(self, hidden_size: int, ffn_size: int, *, dtype: torch.dtype):
+    def __init__(self, hidden_size: int, ffn_size: int, *, dtype: torch.dtype, mesh: Mesh = SINGLE):
         super().__init__()
-        self.fc1 = Linear(hidden_size, ffn_size, dtype=dtype)
-        self.fc2 = Linear(ffn_size, hidden_size, dtype=dtype)
+        self.tp = mesh.tp
+        inner = [mesh.tp.part(ffn_size)]
+        self.fc1 = Linear(hidden_size, ffn_size, dtype=dtype, rows=inner)
+        self.fc2 = Linear(ffn_size, hidden_size, dtype=dtype, columns=inner)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(squared_relu(self.fc1(x)))
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        h_SBF = squared_relu(self.fc1(gather_positions(x_SBD, self.tp)))
+        return scatter_positions(self.fc2(h_SBF), self.tp)
 
 
 class CachedNorm:

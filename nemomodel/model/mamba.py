@@ -10,19 +10,34 @@ from nemomodel.model.layers import CachedLinear, CachedNorm, Linear
 from nemomodel.model.past import STEP_POSITIONS, Past
 from nemomodel.ops.conv import causal_conv
 from nemomodel.ops.documents import Documents
+from nemomodel.ops.linear import take_rows
 from nemomodel.ops.norm import gated_group_rms_norm
 from nemomodel.ops.precision import accumulator, wide
 from nemomodel.ops.ssd import ssd, ssd_from_state
 from nemomodel.ops.step import conv_step, ssd_step
+from nemomodel.parallel.exchange import (
+    gather_positions,
+    heads_to_positions,
+    positions_to_heads,
+    scatter_positions,
+)
+from nemomodel.parallel.mesh import SINGLE, Mesh
+from nemomodel.parallel.shard import parameter, relative, scaled, shared_by, stacked
 
 
 class GatedNorm(nn.Module):
-    """Group RMSNorm of x * silu(z)."""
+    """Group RMSNorm of x * silu(z).
 
-    def __init__(self, size: int, *, num_groups: int, eps: float, dtype: torch.dtype):
+    Args:
+        channels: those of `size` that this rank has, in `num_groups` groups.
+    """
+
+    def __init__(
+        self, size: int, *, channels: range, num_groups: int, eps: float, dtype: torch.dtype
+    ):
         super().__init__()
         self.num_groups, self.eps = num_groups, eps
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
+        self.weight = parameter(size, dtype=dtype, rows=[channels])
 
     def forward(self, x_SBI: Tensor, z_SBI: Tensor) -> Tensor:
         return gated_group_rms_norm(x_SBI, z_SBI, self.weight, self.eps, self.num_groups)
@@ -32,47 +47,86 @@ class Mamba(nn.Module):
     """z, x, B, C, dt = in_proj(u); y = out_proj(norm(ssd(conv(x, B, C), dt) * silu(z))).
 
     The inner width I is num_heads * head_dim. A_log, D and dt_bias are FP32 in every precision:
-    they enter exponentials.
+    they enter exponentials. tp and cp cut heads and groups; with more cp ranks than groups are
+    left several work with the same B and C.
     """
 
-    def __init__(self, config: MambaConfig, hidden_size: int, eps: float, *, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: MambaConfig,
+        hidden_size: int,
+        eps: float,
+        *,
+        dtype: torch.dtype,
+        mesh: Mesh = SINGLE,
+    ):
         super().__init__()
-        self.config = config
-        inner_size = config.num_heads * config.head_dim
-        state_width = config.num_groups * config.state_size
+        self.config, self.tp, self.cp = config, mesh.tp, mesh.cp
+        H, P, G, N = config.num_heads, config.head_dim, config.num_groups, config.state_size
         wide = accumulator(dtype)
+        heads, groups = mesh.tp.part(H), mesh.tp.part(G)
+        inner, state = scaled(heads, P), scaled(groups, N)
         # Rows of in_proj in this order; the middle three pass the convolution together.
-        self.split = [inner_size, inner_size, state_width, state_width, config.num_heads]
-        conv_size = sum(self.split[1:4])
-        self.in_proj = Linear(hidden_size, sum(self.split), dtype=dtype)
-        self.conv_weight = nn.Parameter(torch.empty(conv_size, config.conv_kernel, dtype=dtype))
-        self.conv_bias = nn.Parameter(torch.empty(conv_size, dtype=dtype))
-        self.A_log = nn.Parameter(torch.empty(config.num_heads, dtype=wide))
-        self.D = nn.Parameter(torch.empty(config.num_heads, dtype=wide))
-        self.dt_bias = nn.Parameter(torch.empty(config.num_heads, dtype=wide))
-        self.norm = GatedNorm(inner_size, num_groups=config.num_groups, eps=eps, dtype=dtype)
-        self.out_proj = Linear(inner_size, hidden_size, dtype=dtype)
+        rows = stacked((H * P, inner), (H * P, inner), (G * N, state), (G * N, state), (H, heads))
+        conv_rows = stacked((H * P, inner), (G * N, state), (G * N, state))
+        conv_size = H * P + 2 * G * N
+        self.split = [len(part) for part in rows]
+        self.in_proj = Linear(hidden_size, H * P + conv_size + H, dtype=dtype, rows=rows)
+        taps = config.conv_kernel
+        self.conv_weight = parameter(conv_size, taps, dtype=dtype, rows=conv_rows)
+        self.conv_bias = parameter(conv_size, dtype=dtype, rows=conv_rows)
+        self.A_log = parameter(H, dtype=wide, rows=[heads])
+        self.D = parameter(H, dtype=wide, rows=[heads])
+        self.dt_bias = parameter(H, dtype=wide, rows=[heads])
+        self.norm = GatedNorm(H * P, channels=inner, num_groups=len(groups), eps=eps, dtype=dtype)
+        self.out_proj = Linear(H * P, hidden_size, dtype=dtype, columns=[inner])
+        # The channels of x | B | C | dt that each cp rank works on.
+        self.parts = []
+        for each in mesh.cp.parts(heads):
+            own = relative(each, heads)
+            own_groups = scaled(relative(shared_by(each, H // G), groups), N)
+            x, B, C, dt = self.split[1:]
+            self.parts.append(
+                stacked((x, scaled(own, P)), (B, own_groups), (C, own_groups), (dt, own))
+            )
 
     def forward(self, x_SBD: Tensor, documents: Documents | None) -> Tensor:
-        z, xBC, dt = self.in_proj(x_SBD).split(
-            [self.split[0], sum(self.split[1:4]), self.split[4]], dim=-1
+        zxBCdt = self.in_proj(gather_positions(x_SBD, self.tp))
+        z, xBCdt = zxBCdt.split([self.split[0], sum(self.split[1:])], dim=-1)
+        *conv_split, heads = (len(part) for part in self.parts[self.cp.rank])
+        xBC, dt = positions_to_heads(xBCdt, self.parts, self.cp).split(
+            [sum(conv_split), heads], dim=-1
         )
-        xBC = causal_conv(xBC, self.conv_weight, self.conv_bias, documents)
-        x, B, C = xBC.split(self.split[1:4], dim=-1)
-        dt_SBH = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
+        conv_weight, conv_bias, dt_bias, A_log, D = self._own_weights()
+        xBC = causal_conv(xBC, conv_weight, conv_bias, documents)
+        x, B, C = xBC.split(conv_split, dim=-1)
+        dt_SBH = F.softplus(dt.to(dt_bias.dtype) + dt_bias)
         if self.config.dt_min:
             dt_SBH = dt_SBH.clamp(min=self.config.dt_min)
         y_SBHP = ssd(
             rearrange(x, "s b (h p) -> s b h p", p=self.config.head_dim),
             dt_SBH,
-            -self.A_log.exp(),
+            -A_log.exp(),
             rearrange(B, "s b (g n) -> s b g n", n=self.config.state_size),
             rearrange(C, "s b (g n) -> s b g n", n=self.config.state_size),
-            self.D,
+            D,
             chunk_size=self.config.chunk_size,
             documents=documents,
         )
-        return self.out_proj(self.norm(rearrange(y_SBHP, "s b h p -> s b (h p)"), z))
+        y_SBI = heads_to_positions(rearrange(y_SBHP, "s b h p -> s b (h p)"), self.cp)
+        return scatter_positions(self.out_proj(self.norm(y_SBI, z)), self.tp)
+
+    def _own_weights(self) -> list[Tensor]:
+        """Of the channels and heads that this cp rank works on."""
+        weights = [self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D]
+        if self.cp.size == 1:
+            return weights
+        *conv, heads = self.parts[self.cp.rank]
+        heads = relative(heads, range(sum(self.split[1:4]), heads.stop))
+        return [
+            take_rows(weight, rows)
+            for weight, rows in zip(weights, [conv] * 2 + [[heads]] * 3, strict=True)
+        ]
 
 
 class CachedMamba:

@@ -10,15 +10,13 @@ from nemomodel.config.schema import MoeConfig
 from nemomodel.model.layers import MLP, CachedLinear, CachedMLP, Linear
 from nemomodel.model.past import Past
 from nemomodel.ops.activation import gated_squared_relu
-from nemomodel.ops.experts import (
-    Permutation,
-    add_copies,
-    copy_tokens,
-    expert_mlp,
-    permute_gates,
-)
+from nemomodel.ops.experts import Permutation, expert_mlp
 from nemomodel.ops.linear import linear_fp32
 from nemomodel.ops.precision import accumulator, wide
+from nemomodel.parallel.dispatch import make_dispatch
+from nemomodel.parallel.exchange import sum_ranks
+from nemomodel.parallel.mesh import SINGLE, Mesh
+from nemomodel.parallel.shard import expert_parameter, parameter
 from nemomodel.quant.linear import QuantizedLinear
 
 
@@ -37,11 +35,13 @@ class Router(nn.Module):
     arXiv:2408.15664); the gates are the unbiased scores, so it has no gradient.
     """
 
-    def __init__(self, config: MoeConfig, hidden_size: int, *, dtype: torch.dtype):
+    def __init__(
+        self, config: MoeConfig, hidden_size: int, *, dtype: torch.dtype, mesh: Mesh = SINGLE
+    ):
         super().__init__()
-        self.config = config
+        self.config, self.positions = config, mesh.positions
         wide = accumulator(dtype)
-        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, dtype=dtype))
+        self.weight = parameter(config.num_experts, hidden_size, dtype=dtype)
         self.register_buffer("expert_bias", torch.empty(config.num_experts, dtype=wide))
 
     def forward(self, x_SBD: Tensor) -> Routing:
@@ -73,12 +73,14 @@ class Router(nn.Module):
 
         f_e = E / (K S) * tokens with e among their top K scores, bias and groups left out;
         P_e = mean over tokens of score_e / sum score (arXiv:2412.19437, equations 17 to 20).
+        Of ranks that share sequences each has the part of its positions in P: they add up.
         """
         S, _, E = score_SBE.shape
+        S *= self.positions.size
         top_SBK = score_SBE.detach().topk(self.config.top_k, dim=-1, sorted=False).indices
         top_SBE = torch.zeros_like(score_SBE).scatter_(-1, top_SBK, 1.0)
-        load_BE = top_SBE.sum(0) * (E / (self.config.top_k * S))
-        share_BE = (score_SBE / (score_SBE.sum(-1, keepdim=True) + 1e-20)).mean(0)
+        load_BE = sum_ranks(top_SBE.sum(0), self.positions) * (E / (self.config.top_k * S))
+        share_BE = (score_SBE / (score_SBE.sum(-1, keepdim=True) + 1e-20)).sum(0) / S
         return (load_BE * share_BE).sum()
 
     @torch.no_grad()
@@ -94,12 +96,19 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """fc2_e relu(fc1_e z)^2 for rows grouped by expert; gates enter before fc2, which is linear."""
+    """fc2_e relu(fc1_e z)^2 for rows grouped by expert; gates enter before fc2, which is linear.
 
-    def __init__(self, num_experts: int, size: int, ffn_size: int, *, dtype: torch.dtype):
+    ep cuts the experts, etp their inner width.
+    """
+
+    def __init__(
+        self, num_experts: int, size: int, ffn_size: int, *, dtype: torch.dtype, mesh: Mesh = SINGLE
+    ):
         super().__init__()
-        self.fc1 = nn.Parameter(torch.empty(num_experts, ffn_size, size, dtype=dtype))
-        self.fc2 = nn.Parameter(torch.empty(num_experts, size, ffn_size, dtype=dtype))
+        E, F, L, experts = num_experts, ffn_size, size, mesh.ep.part(num_experts)
+        inner = mesh.etp.part(F)
+        self.fc1 = expert_parameter(E, F, L, dtype=dtype, experts=experts, rows=inner)
+        self.fc2 = expert_parameter(E, L, F, dtype=dtype, experts=experts, columns=inner)
         # See model/quantize.py; a recipe has both or none.
         self.quantized_fc1: QuantizedLinear | None = None
         self.quantized_fc2: QuantizedLinear | None = None
@@ -119,30 +128,29 @@ class LatentMoE(nn.Module):
     too, and the two projections are absent: the plain MoE of Nemotron 3 Nano.
     """
 
-    def __init__(self, config: MoeConfig, hidden_size: int, *, dtype: torch.dtype):
+    def __init__(
+        self, config: MoeConfig, hidden_size: int, *, dtype: torch.dtype, mesh: Mesh = SINGLE
+    ):
         super().__init__()
-        self.router = Router(config, hidden_size, dtype=dtype)
+        self.router = Router(config, hidden_size, dtype=dtype, mesh=mesh)
         size = config.latent_size or hidden_size
         if config.latent_size:
             self.latent_down = Linear(hidden_size, size, dtype=dtype)
             self.latent_up = Linear(size, hidden_size, dtype=dtype)
         else:
             self.latent_down = self.latent_up = nn.Identity()
-        self.experts = Experts(config.num_experts, size, config.ffn_size, dtype=dtype)
-        self.shared_expert = MLP(hidden_size, config.shared_ffn_size, dtype=dtype)
+        self.experts = Experts(config.num_experts, size, config.ffn_size, dtype=dtype, mesh=mesh)
+        self.dispatch = make_dispatch(config.num_experts, mesh)
+        self.shared_expert = MLP(hidden_size, config.shared_ffn_size, dtype=dtype, mesh=mesh)
 
     def forward(self, x_SBD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns y_SBD, the token copies per expert [E], and the auxiliary loss of `Router`."""
         routing = self.router(x_SBD)
-        num_experts = len(self.experts.fc1)
-        order = Permutation.by_expert(routing.expert_TK, num_experts, dtype=x_SBD.dtype)
         z_TL = self.latent_down(x_SBD).flatten(0, 1)
-        gate_R = permute_gates(routing.gate_TK, order)
-        y_RL = self.experts(copy_tokens(z_TL, order), gate_R, order)
+        y_TL, count_E = self.dispatch(z_TL, routing.expert_TK, routing.gate_TK, self.experts)
         # latent_up is linear: projecting the sum once equals projecting every copy.
-        y_TL = add_copies(y_RL, order)
         y_SBD = self.latent_up(y_TL.view(*x_SBD.shape[:2], -1)) + self.shared_expert(x_SBD)
-        return y_SBD, order.count_E, routing.balance
+        return y_SBD, count_E, routing.balance
 
 
 FEW_TOKENS = 16

@@ -28,12 +28,22 @@ class Permutation:
 
     @staticmethod
     def by_expert(expert_TK: Tensor, num_experts: int, *, dtype: torch.dtype) -> "Permutation":
-        """Group by chosen expert, for tokens of `dtype`."""
+        """Group by chosen expert, for products of `dtype`."""
+        pad = dtype == torch.bfloat16 and not expert_TK.is_cuda
+        return Permutation._by_expert(expert_TK, num_experts, pad=pad)
+
+    @staticmethod
+    def by_owner(expert_TK: Tensor, num_experts: int) -> "Permutation":
+        """Group by chosen expert to send the copies away: without padding."""
+        return Permutation._by_expert(expert_TK, num_experts, pad=False)
+
+    @staticmethod
+    def _by_expert(expert_TK: Tensor, num_experts: int, *, pad: bool) -> "Permutation":
         T, K = expert_TK.shape
         expert_R, copy_R = expert_TK.flatten().sort(stable=True)
         count_E = torch.bincount(expert_R, minlength=num_experts)
         place_R, rows_E, num_rows = torch.arange(T * K, device=expert_R.device), count_E, T * K
-        if dtype == torch.bfloat16 and not expert_R.is_cuda:
+        if pad:
             rows_E = (count_E + CPU_BF16_ROWS - 1) // CPU_BF16_ROWS * CPU_BF16_ROWS
             num_rows = int(rows_E.sum())
             padding_before_E = (rows_E - count_E).cumsum(0) - (rows_E - count_E)

@@ -1,5 +1,7 @@
 """Matrix products with a weight: linear, FP32 linear, embedding look-up."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,11 @@ def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows of weight [V, D]; the gradient of repeated ids accumulates in FP32."""
     return _Embedding.apply(ids, weight)
+
+
+def take_rows(weight: Tensor, rows: Sequence[range]) -> Tensor:
+    """Some rows of a parameter [R, ...]; its gradient accumulates in FP32."""
+    return _TakeRows.apply(weight, rows)
 
 
 class _Linear(torch.autograd.Function):
@@ -75,3 +82,17 @@ class _Embedding(torch.autograd.Function):
         dw_rows.index_add_(0, place, dy.flatten(0, -2).to(dw_rows.dtype))
         dw = torch.zeros(weight.shape, dtype=dw_rows.dtype, device=dy.device)
         return None, deliver_grad(weight, dw.index_copy_(0, unique, dw_rows))
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, rows):
+        ctx.weight, ctx.rows = weight, rows
+        return torch.cat([weight[r.start : r.stop] for r in rows])
+
+    @staticmethod
+    def backward(ctx, dy):
+        dw = torch.zeros(ctx.weight.shape, dtype=accumulator(dy.dtype), device=dy.device)
+        for r, part in zip(ctx.rows, dy.split([len(r) for r in ctx.rows]), strict=True):
+            dw[r.start : r.stop] = part
+        return deliver_grad(ctx.weight, dw), None

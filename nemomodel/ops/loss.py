@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nemomodel.ops.precision import accumulator
@@ -23,8 +24,21 @@ class Targets(NamedTuple):
     """Factor of each token's cross-entropy in the total; 0 where there is no target."""
 
 
-def linear_cross_entropy(heads: list[Targets], weight: Tensor) -> tuple[Tensor, Tensor]:
+class VocabShard(NamedTuple):
+    """The rows of the head that this rank has; the ranks of `group` have the others."""
+
+    first: int
+    group: dist.ProcessGroup
+
+
+def linear_cross_entropy(
+    heads: list[Targets], weight: Tensor, shard: VocabShard | None = None
+) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropy of several hidden states under one head `weight` [V, D].
+
+    Args:
+        shard: where `weight` is a part of the head, and every rank has the same hidden states.
+            Gradients of the hidden states are then this rank's part of a sum over ranks.
 
     Returns:
         total: sum of weight_T * cross-entropy over all heads (scalar, differentiable with
@@ -38,15 +52,16 @@ def linear_cross_entropy(heads: list[Targets], weight: Tensor) -> tuple[Tensor, 
     labels = [head.label_T for head in heads]
     weights = [head.weight_T for head in heads]
     # Inside a Function gradients are always off, and needs_input_grad ignores no_grad.
-    return _LinearCrossEntropy.apply(weight, labels, weights, torch.is_grad_enabled(), *hiddens)
+    with_grad = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(weight, labels, weights, shard, with_grad, *hiddens)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, labels, weights, with_grad, *hiddens):
+    def forward(ctx, weight, labels, weights, shard, with_grad, *hiddens):
         wide = accumulator(weight.dtype)
         chunk = CHUNK_TOKENS[weight.device.type]
-        need_hidden = with_grad and any(ctx.needs_input_grad[4:])
+        need_hidden = with_grad and any(ctx.needs_input_grad[5:])
         need_weight = with_grad and ctx.needs_input_grad[0]
         dw = torch.zeros_like(weight, dtype=wide) if need_weight else None
         d_hiddens = [torch.empty_like(h) if need_hidden else None for h in hiddens]
@@ -58,17 +73,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 h, factor = hidden[part], weights[i][part].to(wide)
                 label = labels[i][part].masked_fill(factor == 0, 0)  # may be a filler like -100
                 logits = product(h, weight.T).to(wide)
-                at_label = logits.gather(-1, label.unsqueeze(-1))
+                label, here = _own_rows(label, len(weight), shard)
+                at_label = logits.gather(-1, label) * here
                 top = logits.amax(-1, keepdim=True)
+                if shard:
+                    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
                 exp = logits.sub_(top).exp_()
                 norm = exp.sum(-1, keepdim=True)
+                if shard:
+                    norm, at_label = _sum_ranks(norm, at_label, shard)
                 loss = (norm.log() + top - at_label).squeeze(-1).masked_fill_(factor == 0, 0)
                 sums[i] += loss.sum()
                 total += loss @ factor
                 if not (need_hidden or need_weight):
                     continue
                 factor = factor.unsqueeze(-1)
-                d_logits = exp.mul_(factor / norm).scatter_add_(-1, label.unsqueeze(-1), -factor)
+                d_logits = exp.mul_(factor / norm).scatter_add_(-1, label, -factor * here)
                 d_logits = d_logits.to(h.dtype)
                 if need_hidden:
                     d_hiddens[i][part] = product(d_logits, weight)
@@ -85,4 +105,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dw is not None:
             dw = deliver_grad(ctx.weight, dw * d_total)
         scaled = (d * d_total.to(d.dtype) if d is not None else None for d in d_hiddens)
-        return dw, None, None, None, *scaled
+        return dw, None, None, None, None, *scaled
+
+
+def _own_rows(
+    label_T: Tensor, num_rows: int, shard: VocabShard | None
+) -> tuple[Tensor, Tensor | float]:
+    """[T, 1] the row of each label on this rank, and where it is on this rank at all."""
+    label_T1 = label_T.unsqueeze(-1)
+    if shard is None:
+        return label_T1, 1.0
+    label_T1 = label_T1 - shard.first
+    here = (label_T1 >= 0) & (label_T1 < num_rows)
+    return label_T1.masked_fill(~here, 0), here
+
+
+def _sum_ranks(a: Tensor, b: Tensor, shard: VocabShard) -> tuple[Tensor, ...]:
+    both = torch.stack([a, b])
+    dist.all_reduce(both, group=shard.group)
+    return both.unbind()

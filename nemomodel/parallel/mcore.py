@@ -8,10 +8,8 @@ The only module that turns a `Config` into megatron-core objects. One optimizer 
     scheduler = build_scheduler(optimizer, config)
 
     ddp.zero_grad_buffer()
-    with ddp.no_sync():                         # all micro-batches but the last
-        loss(ddp(...)).backward()
-    loss(ddp(...)).backward()                   # the last one
-    ddp.finish_grad_sync()
+    run_micro_batches(ddp, forward, number, ...)    # pipeline.py
+    finish_gradients(ddp, ranks)
     grad_norm = step_optimizer(optimizer)       # not finite: nothing was changed
     scheduler.step(1)
 
@@ -32,6 +30,8 @@ from nemomodel.config.checks import rank_problems
 from nemomodel.config.load import ConfigError
 from nemomodel.config.schema import Config
 from nemomodel.parallel import cpu
+from nemomodel.parallel.mesh import Axis, Mesh
+from nemomodel.parallel.shard import is_expert
 
 cpu.install()  # before the first import of megatron
 
@@ -41,7 +41,9 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
 )
 from megatron.core.optimizer import OptimizerConfig  # noqa: E402
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
+from megatron.core.optimizer.optimizer import ChainedOptimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
@@ -58,6 +60,16 @@ class Ranks:
     dp_size: int
     device: torch.device
     groups: ProcessGroupCollection
+    mesh: Mesh
+
+    @property
+    def last_stage(self) -> bool:
+        return self.mesh.pp.rank == self.mesh.pp.size - 1
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank counts for its sequences, of all that work on them."""
+        return self.last_stage and self.mesh.positions.rank == 0
 
 
 def start_ranks(config: Config) -> Ranks:
@@ -92,6 +104,7 @@ def start_ranks(config: Config) -> Ranks:
         expert_tensor_parallel_size=p.etp,
         create_gloo_process_groups=False,
     )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
     return Ranks(
         rank=rank,
         world_size=world_size,
@@ -99,8 +112,20 @@ def start_ranks(config: Config) -> Ranks:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         device=device,
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        groups=groups,
+        mesh=Mesh(
+            tp=_axis(groups.tp),
+            cp=_axis(groups.cp),
+            pp=_axis(groups.pp),
+            ep=_axis(groups.ep),
+            etp=_axis(groups.expt_tp),
+            positions=_axis(groups.tp_cp),
+        ),
     )
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(dist.get_rank(group), dist.get_world_size(group), group)
 
 
 def stop_ranks() -> None:
@@ -115,16 +140,17 @@ def stop_ranks() -> None:
         dist.destroy_process_group()
 
 
-def global_sum(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """Sum `tensor` over the data-parallel ranks, in place; counts of tokens or expert loads."""
-    dist.all_reduce(tensor, group=ranks.groups.dp)
+def global_sum(tensor: Tensor) -> Tensor:
+    """Sum `tensor` over all ranks, in place; what several have alike has to be 0 on all but one."""
+    dist.all_reduce(tensor)
     return tensor
 
 
 def transformer_config(config: Config) -> TransformerConfig:
     """What the engine needs to know of the model; the layers themselves are ours.
 
-    Only fields that process groups, data parallelism, pipeline and optimizer read.
+    Only fields that data parallelism, pipeline and optimizer read. They know experts by process
+    groups; here a number of ranks would want more fields of a model that is not theirs.
     """
     p, bf16 = config.parallel, config.precision.weights == "bf16"
     attention = config.model.attention
@@ -135,9 +161,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=p.tp,
         pipeline_model_parallel_size=p.pp,
         context_parallel_size=p.cp,
-        expert_model_parallel_size=p.ep,
         expert_tensor_parallel_size=p.etp,
-        sequence_parallel=False,
+        sequence_parallel=p.tp > 1,
+        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         # The loss is divided by global token counts already: data parallelism must only sum.
@@ -161,7 +187,9 @@ def wrap_ddp(model: nn.Module, config: Config, ranks: Ranks) -> DistributedDataP
     on a gradient from autograd, so such operators return a dummy (`needs_dummy_grad`).
     """
     p = config.parallel
-    num_shards = ranks.groups.dp_cp.size()
+    num_shards, num_expert_shards = ranks.groups.dp_cp.size(), ranks.groups.expt_dp.size()
+    # Stages after the first are waited for anyway: megatron-core reduces theirs in one piece.
+    buckets = p.overlap_grad_reduce and ranks.mesh.pp.rank == 0
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -169,7 +197,7 @@ def wrap_ddp(model: nn.Module, config: Config, ranks: Ranks) -> DistributedDataP
         overlap_param_gather=p.overlap_param_gather,
         average_in_collective=False,
         # Elements; the default of megatron-core, written out because the layout needs it too.
-        bucket_size=max(40_000_000, 1_000_000 * num_shards) if p.overlap_grad_reduce else None,
+        bucket_size=max(40_000_000, 1_000_000 * num_shards) if buckets else None,
     )
     params = [param for param in model.parameters() if param.requires_grad]
     ddp = DistributedDataParallel(
@@ -177,7 +205,7 @@ def wrap_ddp(model: nn.Module, config: Config, ranks: Ranks) -> DistributedDataP
         ddp_config,
         model,
         full_param_layout=DistributedOptimizer.compute_full_param_layout(
-            params, ddp_config.bucket_size, num_shards, ddp_config
+            params, ddp_config.bucket_size, num_shards, ddp_config, num_expert_shards
         ),
     )
     for param in params:
@@ -187,15 +215,18 @@ def wrap_ddp(model: nn.Module, config: Config, ranks: Ranks) -> DistributedDataP
     return ddp
 
 
-def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, config: Config, *, experts: bool) -> list[dict[str, Any]]:
     """Matrices, embeddings and convolutions decay; vectors (norms, biases, A_log, D) do not.
 
     A group holds one dtype: in a mixed one megatron-core 0.19.2 sorts the FP32 parameters first
     and then looks up the state of the others in the old order, silently where sizes agree.
+
+    Args:
+        experts: the parameters of experts, or all others.
     """
     groups: dict[tuple[float, torch.dtype], list[nn.Parameter]] = {}
     for param in model.parameters():
-        if param.requires_grad:
+        if param.requires_grad and is_expert(param) == experts:
             wd_mult = 1.0 if param.ndim > 1 else 0.0
             groups.setdefault((wd_mult, param.dtype), []).append(param)
     return [
@@ -203,19 +234,29 @@ def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
             "params": params,
             "wd_mult": wd_mult,
             "weight_decay": config.optim.weight_decay * wd_mult,
-            "is_expert_parallel": False,
+            "is_expert_parallel": experts,
         }
         for (wd_mult, _), params in groups.items()
     ]
 
 
-def build_optimizer(
-    ddp: DistributedDataParallel, config: Config, ranks: Ranks
+def build_optimizer(ddp: DistributedDataParallel, config: Config, ranks: Ranks) -> ChainedOptimizer:
+    """AdamW with FP32 weights and moments, sharded over the ranks that hold the same weights.
+
+    Those are fewer for experts, which so have an optimizer of their own.
+    """
+    optimizers = [_optimizer(ddp, config, ranks, experts=False)]
+    if ddp.expert_parallel_buffers:
+        optimizers.append(_optimizer(ddp, config, ranks, experts=True))
+    return ChainedOptimizer(optimizers)
+
+
+def _optimizer(
+    ddp: DistributedDataParallel, config: Config, ranks: Ranks, *, experts: bool
 ) -> DistributedOptimizer:
-    """AdamW with FP32 weights and moments, sharded over the data-parallel ranks."""
-    optim, bf16 = config.optim, config.precision.weights == "bf16"
+    optim, bf16, groups = config.optim, config.precision.weights == "bf16", ranks.groups
     inner = torch.optim.AdamW(
-        param_groups(ddp.module, config),
+        param_groups(ddp.module, config, experts=experts),
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
@@ -241,15 +282,15 @@ def build_optimizer(
         None,
         None,
         model_chunks=[ddp],
-        per_model_buffers={0: ddp.buffers},
-        data_parallel_group=ddp.intra_dp_cp_group,
+        per_model_buffers={0: ddp.expert_parallel_buffers if experts else ddp.buffers},
+        data_parallel_group=ddp.intra_expt_dp_group if experts else ddp.intra_dp_cp_group,
         data_parallel_group_gloo=None,
-        data_parallel_group_idx=ranks.groups.mp.rank(),
+        data_parallel_group_idx=(groups.tp_ep_pp if experts else groups.mp).rank(),
         distributed_optimizer_instance_id=0,
     )
-    optimizer.grad_stats_parallel_group = ranks.groups.intra_dist_opt
-    optimizer.tp_group = ranks.groups.tp
-    optimizer.expert_tp_group = ranks.groups.expt_tp
+    optimizer.grad_stats_parallel_group = groups.intra_dist_opt
+    optimizer.tp_group = groups.tp
+    optimizer.expert_tp_group = groups.expt_tp
     # torch creates this lazily in the first step; a checkpoint needs it before, and its shape
     # is what a loaded state is copied into.
     for group in inner.param_groups:
@@ -262,20 +303,34 @@ def build_optimizer(
     return optimizer
 
 
-def step_optimizer(optimizer: DistributedOptimizer) -> float:
+def finish_gradients(ddp: DistributedDataParallel, ranks: Ranks) -> None:
+    """Sum the gradients over the ranks that hold the same weights and saw other tokens."""
+    ddp.finish_grad_sync()
+    if ranks.mesh.tp.size == 1:
+        return
+    alike = [p.main_grad for p in ddp.module.parameters() if p.sequence_parallel]
+    flat = torch.cat([grad.flatten() for grad in alike])
+    dist.all_reduce(flat, group=ranks.groups.tp)
+    for grad, summed in zip(alike, flat.split([g.numel() for g in alike]), strict=True):
+        grad.copy_(summed.view_as(grad))
+
+
+def step_optimizer(optimizer: ChainedOptimizer) -> float:
     """Clip the reduced gradients, update the weights, return the norm before clipping.
 
     Where the norm is not finite, nothing has been updated: the caller decides what to do.
     """
     optimizer.prepare_grads()
-    grad_norm = float(optimizer.clip_grad_norm(optimizer.config.clip_grad))
+    grad_norm = float(optimizer.get_grad_norm())
     if math.isfinite(grad_norm):
+        for part in optimizer.chained_optimizers:
+            clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, grad_norm)
         optimizer.step_with_ready_grads()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm
 
 
-def build_scheduler(optimizer: DistributedOptimizer, config: Config) -> OptimizerParamScheduler:
+def build_scheduler(optimizer: ChainedOptimizer, config: Config) -> OptimizerParamScheduler:
     """Learning rate in units of optimizer steps; update n, counted from 1, uses its value at n.
 
     Linear warm-up, then `wsd` (stable, then decay by one minus the square root), `cosine` or

@@ -24,6 +24,7 @@ from nemomodel.model.count import describe
 from nemomodel.model.init import initialize
 from nemomodel.model.nemotron import DTYPES, Nemotron
 from nemomodel.model.quantize import LAYERS, Quantization, formats
+from nemomodel.model.stages import cut_stages
 from nemomodel.observe.environment import write_run_files
 from nemomodel.observe.logs import setup_logging
 from nemomodel.observe.peak import Peak, peak_flops
@@ -128,6 +129,8 @@ def build_engine(config: Config, ranks: Ranks) -> Engine:
             config.model,
             dtype=DTYPES[config.precision.weights],
             recompute=frozenset(LayerKind[name.upper()] for name in config.train.recompute),
+            mesh=ranks.mesh,
+            stage=cut_stages(config)[ranks.mesh.pp.rank],
         )
     initialize(model, seed=config.run.seed)
     model.quantization = Quantization(
@@ -188,7 +191,7 @@ def _train(
                 step=step,
             )
             try:
-                grad_norm, count = update(losses, engine, ranks, step=step)
+                grad_norm, count = update(losses, engine, step=step)
             except NotFiniteError:
                 checkpoints.finish()  # one that is still being written is from before this step
                 raise
@@ -202,13 +205,13 @@ def _train(
         if step % config.observe.log_interval == 0 or step in (1, train.steps):
             values |= losses_per_token(losses, num_targets, ranks)
             values |= {"optim/grad_norm": grad_norm, "optim/lr": lr}
-            values |= expert_loads(engine.ddp.module, count)
+            values |= expert_loads(config.model, count)
             values |= {"data/tokens": tokens, **meter.read()}
         if data.has_validation and _due(step, train.validation_interval, train.steps):
             with meter.paused():
                 pieces = data.validation(dp_rank=ranks.dp_rank, dp_size=ranks.dp_size)
                 quantization.begin_validation(step)
-                values |= validate(engine.ddp.module, pieces, ranks, token_bytes=bytes_V)
+                values |= validate(engine, pieces, ranks, token_bytes=bytes_V)
         if values:
             write_metrics(sinks, step, values)
         checkpoints.poll()

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from nemomodel.model.nemotron import Losses, Nemotron
+from nemomodel.config.schema import ModelConfig
+from nemomodel.model.nemotron import Losses, router_names
 from nemomodel.parallel.mcore import Ranks, global_sum
 
 
@@ -65,7 +66,9 @@ class Meter:
 def losses_per_token(losses: Losses, num_targets: Tensor, ranks: Ranks) -> dict[str, float]:
     """Losses of the whole global batch, from the sums of this rank."""
     sums = torch.cat([losses.cross_entropy, losses.balance.reshape(1)]).double()
-    *cross_entropy, balance = global_sum(sums, ranks).tolist()
+    if ranks.mesh.tp.rank:
+        sums[:-1] = 0  # every tp rank has the same
+    *cross_entropy, balance = global_sum(sums).tolist()
     per_token = [
         ce / n if n else float("nan")
         for ce, n in zip(cross_entropy, num_targets.tolist(), strict=True)
@@ -74,7 +77,7 @@ def losses_per_token(losses: Losses, num_targets: Tensor, ranks: Ranks) -> dict[
     return values | {f"loss/mtp_{k}": loss for k, loss in enumerate(per_token[1:], 1)}
 
 
-def expert_loads(model: Nemotron, count: Tensor) -> dict[str, float]:
+def expert_loads(config: ModelConfig, count: Tensor) -> dict[str, float]:
     """MaxVio, the load of the busiest expert over the mean load (arXiv:2408.15664).
 
     Args:
@@ -86,17 +89,18 @@ def expert_loads(model: Nemotron, count: Tensor) -> dict[str, float]:
     violations = (load.amax(1) / load.mean(1)).tolist()
     values = {"moe/max_violation": max(violations)}
     parts: dict[str, list[float]] = {}
-    for name, violation in zip(model.routers(), violations, strict=True):
+    names = router_names(config)
+    for name, violation in zip(names, violations, strict=True):
         parts.setdefault("mtp" if name.startswith("mtp.") else "main", []).append(violation)
     values |= {f"moe/max_violation/{part}": max(found) for part, found in parts.items()}
-    worst = list(model.routers())[violations.index(max(violations))]
-    return values | {"moe/worst_layer": float(_layer_index(worst, model))}
+    worst = names[violations.index(max(violations))]
+    return values | {"moe/worst_layer": float(_layer_index(worst, config))}
 
 
-def _layer_index(router: str, model: Nemotron) -> int:
+def _layer_index(router: str, config: ModelConfig) -> int:
     """Index of the layer a router is in; MTP layers count on from the last block."""
     numbers = [int(part) for part in router.split(".") if part.isdigit()]
     if not router.startswith("mtp."):
         return numbers[0]
     block, layer = numbers
-    return len(model.blocks) + block * len(model.mtp.blocks[0].layers) + layer
+    return len(config.layers) + block * len(config.mtp_layers) + layer

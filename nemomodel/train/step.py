@@ -8,9 +8,10 @@ from torch import Tensor
 
 from nemomodel.checkpoint.state import Engine
 from nemomodel.data.batch import MicroBatch
-from nemomodel.model.nemotron import Losses
+from nemomodel.model.nemotron import Losses, router_names
 from nemomodel.ops.documents import Documents
-from nemomodel.parallel.mcore import Ranks, global_sum, step_optimizer
+from nemomodel.parallel.mcore import Ranks, finish_gradients, global_sum, step_optimizer
+from nemomodel.parallel.pipeline import run_micro_batches
 from nemomodel.train.faults import NotFiniteError
 
 
@@ -42,7 +43,7 @@ def count_targets(
     model = engine.ddp.module
     local = sum(model.num_targets(b.loss_mask_BS, b.documents) for b in batches)
     # The wish to stop travels along: ranks agree on it without a message of its own.
-    totals = global_sum(torch.cat([local, local.new_tensor([float(stop)])]), ranks)
+    totals = global_sum(torch.cat([local * ranks.counts, local.new_tensor([float(stop)])]))
     return totals[:-1], bool(totals[-1] > 0)
 
 
@@ -57,32 +58,35 @@ def forward_backward(
 ) -> Losses:
     """Accumulate the gradient of the global loss; returns the sums over this rank's batches."""
     ddp = engine.ddp
+    model = ddp.module
     first = ranks.dp_rank * len(batches)
-    ddp.zero_grad_buffer()
+    results: list[Losses] = []
 
-    def one(i: int) -> Losses:
+    def forward(i: int, received: Tensor | None) -> Tensor:
         batch = batches[i]
-        ddp.module.quantization.begin(step, first + i)
-        losses = ddp.module.losses(
+        model.quantization.begin(step, first + i)
+        losses = model.losses(
             batch.ids_BS,
             batch.labels_BS,
             batch.loss_mask_BS,
             batch.documents,
             num_targets=num_targets,
             num_sequences=num_sequences,
+            received=received,
         )
-        losses.total.backward()
-        return Losses(*(t.detach() for t in losses))
+        results.append(Losses(losses.total.new_zeros(()), *(t.detach() for t in losses[1:])))
+        return losses.total
 
-    with ddp.no_sync():
-        results = [one(i) for i in range(len(batches) - 1)]
-    results.append(one(len(batches) - 1))
-    ddp.finish_grad_sync()
+    ddp.zero_grad_buffer()
+    shape = model.sent_shape(*batches[0].ids_BS.shape)
+    run_micro_batches(ddp, forward, len(batches), groups=ranks.groups, shape=shape)
+    finish_gradients(ddp, ranks)
     return Losses(*(torch.stack(parts).sum(0) for parts in zip(*results, strict=True)))
 
 
-def update(losses: Losses, engine: Engine, ranks: Ranks, *, step: int) -> tuple[float, Tensor]:
-    """Optimizer, schedule and router biases; returns the gradient norm and global expert counts.
+def update(losses: Losses, engine: Engine, *, step: int) -> tuple[float, Tensor]:
+    """Optimizer, schedule and router biases; returns the gradient norm and, for every router of
+    the whole model, token copies per expert over the global batch.
 
     Raises:
         NotFiniteError: the gradient is not finite; nothing has been changed.
@@ -94,7 +98,12 @@ def update(losses: Losses, engine: Engine, ranks: Ranks, *, step: int) -> tuple[
             "Resume from the last checkpoint with a lower optim.lr or other data"
         )
     engine.scheduler.step(1)
-    count = global_sum(losses.count, ranks)
-    for router, count_E in zip(engine.ddp.module.routers().values(), count, strict=True):
-        router.update_bias(count_E)
+    model = engine.ddp.module
+    names, routers, moe = router_names(model.config), model.routers(), model.config.moe
+    count = losses.count.new_zeros(len(names), moe.num_experts if moe else 0)
+    for name, count_E in zip(routers, losses.count, strict=True):
+        count[names.index(name)] = count_E
+    global_sum(count)
+    for name, router in routers.items():
+        router.update_bias(count[names.index(name)])
     return grad_norm, count

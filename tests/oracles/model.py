@@ -151,12 +151,10 @@ def mamba_oracle(
 def attention_mixer_oracle(
     x_BSD: Tensor, params: Params, config: AttentionConfig, *, document_BS: Tensor | None = None
 ) -> Tensor:
-    """Attention mixer; the rows of qkv_proj are all query heads | key heads | value heads."""
+    """Attention mixer; q_proj, k_proj and v_proj make the heads of their kind."""
     B, S, _ = x_BSD.shape
     heads, groups, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    q, k, v = (x_BSD @ params["qkv_proj.weight"].T).split(
-        [heads * head_dim, groups * head_dim, groups * head_dim], dim=-1
-    )
+    q, k, v = (x_BSD @ params[f"{kind}_proj.weight"].T for kind in "qkv")
     y_BSHP = attention_oracle(
         q.reshape(B, S, heads, head_dim),
         k.reshape(B, S, groups, head_dim),
@@ -311,7 +309,9 @@ def _block_shapes(prefix: str, kind: LayerKind, config: ModelConfig) -> dict:
     elif kind is LayerKind.ATTENTION:
         a = config.attention
         shapes |= {
-            "mixer.qkv_proj.weight": ((a.num_heads + 2 * a.num_kv_heads) * a.head_dim, D),
+            "mixer.q_proj.weight": (a.num_heads * a.head_dim, D),
+            "mixer.k_proj.weight": (a.num_kv_heads * a.head_dim, D),
+            "mixer.v_proj.weight": (a.num_kv_heads * a.head_dim, D),
             "mixer.out_proj.weight": (D, a.num_heads * a.head_dim),
         }
     elif kind is LayerKind.MLP:

@@ -27,6 +27,7 @@ from nemomodel.parallel.mcore import (
 )
 from tests.close import assert_close
 from tests.oracles.schedule import lr_oracle
+from tests.ranks.gradients import own_part
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/transformer_config.json"
@@ -95,7 +96,7 @@ def backward(ddp: Any, ranks: Ranks, step: int) -> float:
     """Loss of the global batch; every rank has its rows, as B / dp_size micro-batches of one."""
     ids_BS, labels_BS, mask_BS = batch(step)
     rows = range(ranks.dp_rank, B, ranks.dp_size)
-    count = global_sum(sum(mask_BS[row].sum() for row in rows), ranks)
+    count = global_sum(sum(mask_BS[row].sum() for row in rows))
     ddp.zero_grad_buffer()
     total = torch.zeros(())
     for row in rows:
@@ -107,7 +108,7 @@ def backward(ddp: Any, ranks: Ranks, step: int) -> float:
             loss.backward()
         total += loss.detach()
     ddp.finish_grad_sync()
-    return global_sum(total, ranks).item()
+    return global_sum(total).item()
 
 
 def train(ddp: Any, optimizer: Any, scheduler: Any, ranks: Ranks, steps: range) -> list[float]:
@@ -129,19 +130,11 @@ def _train_and_save(path: Path, overrides: tuple[str, ...]) -> None:
     for name, param in ddp.module.named_parameters():
         # The reduced gradient lives in shards: put zeros elsewhere, and sum over ranks.
         grad = torch.zeros_like(param, dtype=torch.float32).view(-1)
-        start, end = _shard(optimizer, param)
-        grad[start:end] = param.main_grad.view(-1)[start:end]
-        state[f"grad.{name}"] = global_sum(grad, ranks)
+        own = own_part(optimizer, param)
+        grad[own] = param.main_grad.view(-1)[own]
+        state[f"grad.{name}"] = global_sum(grad)
     torch.save(state, path / f"rank_{ranks.rank}.pt")
     stop_ranks()
-
-
-def _shard(optimizer: Any, param: nn.Parameter) -> tuple[int, int]:
-    try:
-        shard = optimizer._get_model_param_range_map(param)["param"]
-    except KeyError:
-        return 0, 0
-    return shard.start, shard.end
 
 
 def _run(run_ranks: Callable, path: Path, world: int, *overrides: str) -> dict[str, Tensor]:

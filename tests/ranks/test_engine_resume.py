@@ -34,7 +34,8 @@ def _train(engine: Engine, ranks: Any, steps: range) -> list[float]:
 def _record(path: Path, name: str, engine: Engine, ranks: Any, losses: list[float]) -> None:
     optimizer = [
         state[name]
-        for state in engine.optimizer.optimizer.state.values()
+        for part in engine.optimizer.chained_optimizers
+        for state in part.optimizer.state.values()
         for name in ("step", "exp_avg", "exp_avg_sq")
     ]
     main = [p for group in engine.optimizer.param_groups for p in group["params"]]

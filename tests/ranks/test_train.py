@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 
 from nemomodel.checkpoint.files import SafeReader, step_name
@@ -25,6 +25,7 @@ from nemomodel.parallel.mcore import Ranks, global_sum, start_ranks, stop_ranks
 from nemomodel.train.loop import build_engine, run
 from nemomodel.train.step import DeviceBatch, count_targets, forward_backward
 from tests.close import assert_close
+from tests.ranks.gradients import whole_gradients
 
 VOCAB = 300
 CONFIG = """
@@ -230,25 +231,11 @@ def backward(config: Config, engine: Engine, ranks: Ranks, step: int) -> Tensor:
     return num_targets
 
 
-def _shard(engine: Engine, param: nn.Parameter) -> slice:
-    """The part of a flat parameter whose reduced gradient and state this rank has."""
-    try:
-        shard = engine.optimizer._get_model_param_range_map(param)["param"]
-    except KeyError:
-        return slice(0, 0)
-    return slice(shard.start, shard.end)
-
-
 def _save_gradients(config: Config, path: Path) -> None:
     ranks = start_ranks(config)
     engine = build_engine(config, ranks)
     num_targets = backward(config, engine, ranks, 0)
-    gradients = {}
-    for name, param in engine.ddp.module.named_parameters():
-        whole, mine = torch.zeros(param.numel()), _shard(engine, param)
-        whole[mine] = param.main_grad.view(-1)[mine]
-        gradients[name] = global_sum(whole, ranks)
-    torch.save((num_targets, gradients), path)
+    torch.save((num_targets, whole_gradients(engine, ranks)), path)
     stop_ranks()
 
 
@@ -277,7 +264,7 @@ def test_every_gradient_is_that_of_the_loss_over_the_whole_batch(
         assert gradients.keys() == set(names)
         for name, gradient in zip(names, expected, strict=True):
             assert gradient.any(), name
-            assert_close(gradients[name], gradient.flatten(), limit=2e-6, name=f"{world} {name}")
+            assert_close(gradients[name], gradient, limit=2e-6, name=f"{world} {name}")
 
 
 def test_same_seed_twice_is_the_same_run(train: Callable[..., Result]) -> None:
@@ -332,7 +319,7 @@ def _save_counts(config: Config, path: Path) -> None:
                 num_sequences=4,
             ).count
         )
-    torch.save(global_sum(count, ranks), path)
+    torch.save(global_sum(count), path)
     stop_ranks()
 
 

@@ -182,8 +182,8 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
         ("run=none", "run=none: is not allowed; use a section of keys"),
         # model
         (
-            "model.layer_pattern=ME|M",
-            "model.layer_pattern='ME|M': unknown letter(s) |; use letters of M * E -",
+            "model.layer_pattern=ME/M",
+            "model.layer_pattern='ME/M': unknown letter(s) /; use letters of M * E -",
         ),
         (
             'model.layer_pattern=""',
@@ -239,10 +239,40 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
             "no token that far ahead is in a sequence",
         ),
         # parallel
-        *[
-            (f"parallel.{axis}=2", f"parallel.{axis}=2: only data parallelism is built; use 1")
-            for axis in ("tp", "pp", "cp", "ep", "etp")
-        ],
+        (
+            "parallel.ep=3",
+            "parallel: ep=3 does not divide model.moe.num_experts=8; use ep in {1, 2, 4, 8}",
+        ),
+        (
+            "parallel.etp=3",
+            "parallel: etp=3 does not divide model.moe.ffn_size=128; "
+            "use etp in {1, 2, 4, 8, 16, 32, 64, 128}",
+        ),
+        (
+            "parallel.tp=4",
+            "parallel: tp=4 does not divide model.mamba.num_groups=2; use tp in {1, 2}",
+        ),
+        (
+            "parallel.cp=8",
+            "parallel: tp*cp=8 does not divide model.attention.num_heads=4; use tp*cp in {1, 2, 4}",
+        ),
+        (
+            "parallel.pp=7",
+            "parallel.pp=7 is more than the 6 blocks of model.layer_pattern; use at most 6",
+        ),
+        (
+            'model.layer_pattern="ME*|-ME"',
+            "model.layer_pattern='ME*|-ME' has 2 pipeline stages, parallel.pp=1; "
+            "use parallel.pp=2, or another number of |",
+        ),
+        (
+            'model.layer_pattern="ME*-|ME|"',
+            "model.layer_pattern='ME*-|ME|': a pipeline stage is empty; remove a |",
+        ),
+        (
+            'model.mtp.layer_pattern="*|E"',
+            "model.mtp.layer_pattern='*|E': MTP is on the last pipeline stage; remove the |",
+        ),
         (
             "parallel.overlap_param_gather=true",
             "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true; "
@@ -480,7 +510,7 @@ def test_several_problems_are_listed_together() -> None:
         "run.seed=-1: is not allowed; use a value of at least 0",
         "train.stepz: unknown key; did you mean 'steps'?",
     ]
-    assert len(problems("parallel.tp=2", "train.stop_after=999", "model.moe.top_k=9")) == 3
+    assert len(problems("parallel.ep=3", "train.stop_after=999", "model.moe.top_k=9")) == 3
 
 
 def test_a_missing_key_and_a_missing_section_are_named() -> None:
@@ -529,6 +559,17 @@ def test_rank_problems() -> None:
     assert list(rank_problems(config, 3)) == [
         "train.global_batch_size=8 is not divisible by train.micro_batch_size=2 times the 3 "
         "data-parallel rank(s) of WORLD_SIZE=3; use a multiple of 6"
+    ]
+
+
+def test_layouts_need_their_ranks() -> None:
+    config = load("parallel.tp=2", "parallel.pp=2", "parallel.ep=4", "train.micro_batch_size=4")
+    assert list(rank_problems(config, 8)) == []
+    assert list(rank_problems(config, 6)) == [
+        "parallel: tp*cp*pp=4 does not divide WORLD_SIZE=6; "
+        "use a multiple of 4 ranks, or a smaller product",
+        "parallel: etp*ep*pp=8 does not divide WORLD_SIZE=6; "
+        "use a multiple of 8 ranks, or a smaller product",
     ]
 
 

@@ -145,7 +145,7 @@ def test_values_do_not_depend_on_the_other_parameters() -> None:
     smaller = build(replace(MODEL, layer_pattern="ME*--MM*", mtp=None)).state_dict()
     common = [n for n in smaller if n in expected and not n.startswith("blocks.4.")]
     assert "lm_head.weight" in common
-    assert "blocks.7.mixer.qkv_proj.weight" in common
+    assert "blocks.7.mixer.q_proj.weight" in common
     for name in common:
         assert torch.equal(smaller[name], expected[name]), name
 

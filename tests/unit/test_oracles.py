@@ -379,12 +379,7 @@ def transformers_names(config: ModelConfig, params: dict[str, Tensor]) -> dict[s
             state[at] = value
         elif tail == "conv_weight":
             state[f"{at}.mixer.conv1d.weight"] = value[:, None]
-        elif tail == "qkv_proj.weight":
-            a = config.attention
-            sizes = [n * a.head_dim for n in (a.num_heads, a.num_kv_heads, a.num_kv_heads)]
-            for part, rows in zip("qkv", value.split(sizes), strict=True):
-                state[f"{at}.mixer.{part}_proj.weight"] = rows
-        elif tail == "out_proj.weight" and f"{head}.mixer.qkv_proj.weight" in params:
+        elif tail == "out_proj.weight" and f"{head}.mixer.q_proj.weight" in params:
             state[f"{at}.mixer.o_proj.weight"] = value
         else:
             state[f"{at}.mixer.{tails.get(tail, tail)}"] = value

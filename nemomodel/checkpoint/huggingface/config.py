@@ -193,8 +193,8 @@ def config_json(
     raw |= {"architectures": ["NemotronHForCausalLM"], "dtype": dtype, **FIXED}
     raw |= {key: getattr(model, ours) for key, (ours, _) in MODEL.items()}
     raw["vocab_size"] = vocab_size
-    raw["hybrid_override_pattern"] = model.layer_pattern
-    raw["num_hidden_layers"] = len(model.layer_pattern)
+    raw["hybrid_override_pattern"] = model.letters
+    raw["num_hidden_layers"] = len(model.layers)
     raw["num_nextn_predict_layers"] = model.num_mtp_blocks
     raw.pop("mtp_hybrid_override_pattern", None)
     if model.mtp:

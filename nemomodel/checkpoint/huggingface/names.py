@@ -31,13 +31,12 @@ class Cut(Enum):
 
     WHOLE = auto()  # one tensor of the same shape
     CONV = auto()  # [C, W] is published as [C, 1, W], the weight of a grouped nn.Conv1d
-    QKV = auto()  # rows q | k | v
     EXPERTS = auto()  # [E, ...] is published as E tensors
 
 
 class Row(NamedTuple):
     ours: str
-    theirs: str  # {} is q, k or v, or the number of the expert
+    theirs: str  # {} is the number of the expert
     cut: Cut = Cut.WHOLE
 
 
@@ -63,7 +62,9 @@ LAYERS = {
     ),
     LayerKind.ATTENTION: (
         NORM,
-        Row("mixer.qkv_proj.weight", "mixer.{}_proj.weight", Cut.QKV),
+        Row("mixer.q_proj.weight", "mixer.q_proj.weight"),
+        Row("mixer.k_proj.weight", "mixer.k_proj.weight"),
+        Row("mixer.v_proj.weight", "mixer.v_proj.weight"),
         Row("mixer.out_proj.weight", "mixer.o_proj.weight"),
     ),
     LayerKind.MOE: (
@@ -216,11 +217,6 @@ def _pieces(row: Row, tensor: Tensor, config: ModelConfig) -> Iterator[Piece]:
             yield Piece(row.theirs, shape)
         case Cut.CONV:
             yield Piece(row.theirs, (shape[0], 1, shape[1]))
-        case Cut.QKV:
-            c = config.attention
-            heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
-            for letter, number in heads.items():
-                yield Piece(row.theirs.format(letter), (number * c.head_dim, shape[1]))
         case Cut.EXPERTS:
             for expert in range(shape[0]):
                 yield Piece(row.theirs.format(expert), shape[1:])

@@ -1,0 +1,104 @@
+"""Rules of the parallel layout. Each yields one sentence per problem, as in `checks`."""
+
+from collections.abc import Iterator
+
+from nemomodel.config.pattern import CUT, LayerKind
+from nemomodel.config.schema import Config
+
+
+def layout_problems(config: Config) -> Iterator[str]:
+    """Every rule that `config.parallel` breaks, whatever the number of ranks."""
+    p = config.parallel
+    yield from _cuts(config)
+    yield from _stages(config)
+    yield from _experts(config)
+    if p.overlap_param_gather and not p.overlap_grad_reduce:
+        yield (
+            "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true; "
+            "set both or neither"
+        )
+
+
+def layout_rank_problems(config: Config, world_size: int) -> Iterator[str]:
+    """Rules that need the number of ranks."""
+    p = config.parallel
+    dense, expert = p.tp * p.cp * p.pp, p.etp * p.ep * p.pp
+    for name, ranks in (("tp*cp*pp", dense), ("etp*ep*pp", expert)):
+        if world_size % ranks:
+            yield (
+                f"parallel: {name}={ranks} does not divide WORLD_SIZE={world_size}; "
+                f"use a multiple of {ranks} ranks, or a smaller product"
+            )
+
+
+def _cuts(config: Config) -> Iterator[str]:
+    """What tp and cp cut has to be divisible by them."""
+    p, model = config.parallel, config.model
+    used = {*model.layers, *model.mtp_layers}
+    yield from _cut_by("tp", p.tp, "model.vocab_size", model.vocab_size)
+    if LayerKind.MLP in used and model.ffn_size:
+        yield from _cut_by("tp", p.tp, "model.ffn_size", model.ffn_size)
+    if model.moe:
+        yield from _cut_by("tp", p.tp, "model.moe.shared_ffn_size", model.moe.shared_ffn_size)
+    if mamba := model.mamba:
+        yield from _cut_by("tp*cp", p.tp * p.cp, "model.mamba.num_heads", mamba.num_heads)
+        yield from _cut_by("tp", p.tp, "model.mamba.num_groups", mamba.num_groups)
+        yield from _shared_heads(config, "model.mamba", mamba.num_heads, mamba.num_groups)
+    if attention := model.attention:
+        heads, groups = attention.num_heads, attention.num_kv_heads
+        yield from _cut_by("tp*cp", p.tp * p.cp, "model.attention.num_heads", heads)
+        yield from _shared_heads(config, "model.attention", heads, groups)
+    yield from _cut_by("tp*cp", p.tp * p.cp, "train.seq_length", config.train.seq_length)
+
+
+def _shared_heads(config: Config, section: str, heads: int, groups: int) -> Iterator[str]:
+    """Ranks get whole groups of heads, or parts of one."""
+    p = config.parallel
+    for name, ranks in (("tp", p.tp), ("tp*cp", p.tp * p.cp)):
+        if groups % ranks and ranks % groups and heads % ranks == 0:
+            key = "num_groups" if section == "model.mamba" else "num_kv_heads"
+            yield (
+                f"parallel: {name}={ranks} and {section}.{key}={groups} do not divide one "
+                f"another; use a divisor or a multiple of {groups}"
+            )
+
+
+def _experts(config: Config) -> Iterator[str]:
+    p, moe = config.parallel, config.model.moe
+    if moe is None:
+        for key in ("ep", "etp"):
+            if (value := getattr(p, key)) != 1:
+                yield f"parallel.{key}={value} has no effect: the model has no experts; use 1"
+        return
+    yield from _cut_by("ep", p.ep, "model.moe.num_experts", moe.num_experts)
+    yield from _cut_by("etp", p.etp, "model.moe.ffn_size", moe.ffn_size)
+
+
+def _stages(config: Config) -> Iterator[str]:
+    pattern, pp = config.model.layer_pattern, config.parallel.pp
+    if config.model.mtp and CUT in config.model.mtp.layer_pattern:
+        yield (
+            f"model.mtp.layer_pattern={config.model.mtp.layer_pattern!r}: MTP is on the last "
+            f"pipeline stage; remove the {CUT}"
+        )
+    if CUT in pattern:
+        stages = pattern.split(CUT)
+        if not all(stages):
+            yield f"model.layer_pattern={pattern!r}: a pipeline stage is empty; remove a {CUT}"
+        elif len(stages) != pp:
+            yield (
+                f"model.layer_pattern={pattern!r} has {len(stages)} pipeline stages, parallel.pp="
+                f"{pp}; use parallel.pp={len(stages)}, or another number of {CUT}"
+            )
+    elif pp > len(pattern):
+        yield (
+            f"parallel.pp={pp} is more than the {len(pattern)} blocks of model.layer_pattern; "
+            f"use at most {len(pattern)}"
+        )
+
+
+def _cut_by(name: str, ranks: int, key: str, value: int) -> Iterator[str]:
+    if value % ranks:
+        divisors = [n for n in range(1, min(value, 1024) + 1) if value % n == 0]
+        shown = ", ".join(map(str, divisors[:12])) + (", ..." if len(divisors) > 12 else "")
+        yield (f"parallel: {name}={ranks} does not divide {key}={value}; use {name} in {{{shown}}}")
