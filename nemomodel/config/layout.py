@@ -5,6 +5,12 @@ from collections.abc import Iterator
 from nemomodel.config.pattern import CUT, LayerKind
 from nemomodel.config.schema import Config
 
+DEEPEP_TOP_K = 32
+"""One lane of a warp per expert: EP_DEVICE_ASSERT(num_topk <= 32) in the kernels of DeepEP."""
+
+LARGEST_BLOCK = 32
+"""Elements that share a scale in MXFP8; 16 in NVFP4."""
+
 
 def layout_problems(config: Config) -> Iterator[str]:
     """Every rule that `config.parallel` breaks, whatever the number of ranks."""
@@ -12,10 +18,35 @@ def layout_problems(config: Config) -> Iterator[str]:
     yield from _cuts(config)
     yield from _stages(config)
     yield from _experts(config)
+    yield from _quantized(config)
     if p.overlap_param_gather and not p.overlap_grad_reduce:
         yield (
             "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true; "
             "set both or neither"
+        )
+
+
+def _quantized(config: Config) -> Iterator[str]:
+    """Ranks that share a quantised tensor cut it between blocks, and experts see whole
+    micro-batches, or its codes would depend on the layout."""
+    p, precision, train = config.parallel, config.precision, config.train
+    recipes = {precision.recipe, *(phase.recipe for phase in precision.phases)} - {"bf16", "fp32"}
+    shared = p.tp * p.cp
+    if not recipes or shared == 1:
+        return
+    recipe = ", ".join(sorted(recipes))
+    if config.model.moe and (p.etp * p.ep) % shared:
+        yield (
+            f"parallel: etp*ep={p.etp * p.ep} is not a multiple of tp*cp={shared}, which precision "
+            f"recipe {recipe} needs: an expert would see parts of a micro-batch; use a multiple of "
+            f"{shared}"
+        )
+    tokens = train.seq_length * train.micro_batch_size
+    if train.seq_length % shared == 0 and tokens // shared % LARGEST_BLOCK:
+        yield (
+            f"parallel: tp*cp={shared} leaves {tokens // shared} tokens of a micro-batch to a "
+            f"rank, which precision recipe {recipe} wants in multiples of {LARGEST_BLOCK}; use a "
+            "larger train.seq_length or train.micro_batch_size"
         )
 
 
@@ -65,6 +96,7 @@ def _shared_heads(config: Config, section: str, heads: int, groups: int) -> Iter
 
 def _experts(config: Config) -> Iterator[str]:
     p, moe = config.parallel, config.model.moe
+    yield from _dispatcher(config)
     if moe is None:
         for key in ("ep", "etp"):
             if (value := getattr(p, key)) != 1:
@@ -72,6 +104,28 @@ def _experts(config: Config) -> Iterator[str]:
         return
     yield from _cut_by("ep", p.ep, "model.moe.num_experts", moe.num_experts)
     yield from _cut_by("etp", p.etp, "model.moe.ffn_size", moe.ffn_size)
+
+
+def _dispatcher(config: Config) -> Iterator[str]:
+    p, moe = config.parallel, config.model.moe
+    if p.dispatcher == "alltoall":
+        return
+    precision = config.precision
+    recipes = [precision.recipe, *(phase.recipe for phase in precision.phases)]
+    key, instead = f"parallel.dispatcher={p.dispatcher!r}", 'use "alltoall"'
+    if p.ep * p.etp == 1:
+        yield f"{key} has no effect: parallel.ep=1 and parallel.etp=1, no token travels; {instead}"
+    elif recipe := next((r for r in recipes if r != "bf16"), None):
+        why = "has FP32" if recipe == "fp32" else "quantises every micro-batch apart"
+        yield (
+            f"{key} mixes BF16 tokens of several micro-batches, precision recipe {recipe} {why}; "
+            f"{instead}, or the recipe bf16"
+        )
+    elif p.dispatcher == "deepep" and moe and moe.top_k * p.etp > DEEPEP_TOP_K:
+        yield (
+            f"{key} takes {DEEPEP_TOP_K} experts per token, model.moe.top_k={moe.top_k} times "
+            f"parallel.etp={p.etp} is more; {instead}, or a smaller parallel.etp"
+        )
 
 
 def _stages(config: Config) -> Iterator[str]:

@@ -151,6 +151,9 @@ class ModelConfig:
         return 1 if self.mtp.shared else self.mtp.num_depths
 
 
+Dispatcher = Literal["alltoall", "deepep", "hybridep"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     tp: Count = 1
@@ -163,6 +166,9 @@ class ParallelConfig:
     """Expert-parallel ranks."""
     etp: Count = 1
     """Tensor-parallel ranks inside one expert."""
+    dispatcher: Dispatcher = "alltoall"
+    """What carries tokens to the ranks of their experts: plain all-to-all, or the fused kernels of
+    DeepEP or of its branch hybrid-ep, which need GPUs and a BF16 recipe."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False

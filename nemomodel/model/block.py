@@ -1,5 +1,6 @@
 """One block: x + mixer(norm(x)), the mixer by its letter in the layer pattern."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from nemomodel.model.mamba import Mamba
 from nemomodel.model.moe import LatentMoE
 from nemomodel.ops.documents import Documents
 from nemomodel.parallel.mesh import Mesh
+from nemomodel.quant.passes import Pass
 
 
 class Load(NamedTuple):
@@ -37,6 +39,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.kind, self.recompute = kind, recompute
+        self.at = Pass()  # see model/quantize.py
         D = config.hidden_size
         self.norm = RMSNorm(D, eps=config.norm_eps, dtype=dtype)
         match kind:
@@ -51,7 +54,13 @@ class Block(nn.Module):
 
     def forward(self, x_SBD: Tensor, documents: Documents | None) -> tuple[Tensor, Load | None]:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_SBD, documents, use_reentrant=False)
+            return checkpoint(
+                self._forward,
+                x_SBD,
+                documents,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), self.at.remember()),
+            )
         return self._forward(x_SBD, documents)
 
     def _forward(self, x_SBD: Tensor, documents: Documents | None) -> tuple[Tensor, Load | None]:

@@ -1,5 +1,6 @@
 """LatentMoE (arXiv:2601.18089): y = W_up sum_k gate_k expert_k(W_down x) + shared(x)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,12 +114,27 @@ class Experts(nn.Module):
         self.quantized_fc1: QuantizedLinear | None = None
         self.quantized_fc2: QuantizedLinear | None = None
 
-    def forward(self, z_RL: Tensor, gate_R: Tensor, order: Permutation) -> Tensor:
-        if self.quantized_fc1 is None or self.quantized_fc2 is None:
+    @property
+    def by_micro_batch(self) -> bool:
+        """Quantised rows of one micro-batch must not depend on those of others that come along."""
+        return self.quantized_fc1 is not None
+
+    def forward(
+        self, z_RL: Tensor, gate_R: Tensor, order: Permutation, *, ranks: Sequence[int]
+    ) -> Tensor:
+        fc1, fc2 = self.quantized_fc1, self.quantized_fc2
+        if fc1 is None or fc2 is None:
             return expert_mlp(z_RL, gate_R, self.fc1, self.fc2, order.rows_E)
-        rows = order.rows_E, order.count_E
-        h_RF = gated_squared_relu(self.quantized_fc1.grouped(z_RL, self.fc1, *rows), gate_R)
-        return self.quantized_fc2.grouped(h_RF, self.fc2, *rows)
+        rows_ME, count_ME = (t.view(len(ranks), -1) for t in (order.rows_E, order.count_E))
+        sizes = rows_ME.sum(1).tolist()
+        y = []
+        for rank, z, gate, *rows in zip(
+            ranks, z_RL.split(sizes), gate_R.split(sizes), rows_ME, count_ME, strict=True
+        ):
+            with fc1.at.of_rank(rank):
+                h_RF = gated_squared_relu(fc1.grouped(z, self.fc1, *rows), gate)
+                y.append(fc2.grouped(h_RF, self.fc2, *rows))
+        return torch.cat(y) if len(y) > 1 else y[0]
 
 
 class LatentMoE(nn.Module):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nemomodel.config.pattern import LayerKind
 from nemomodel.config.precision import Phase, phases, places
@@ -15,7 +15,9 @@ from nemomodel.model.block import Block
 from nemomodel.model.layers import Linear
 from nemomodel.model.moe import Experts
 from nemomodel.model.nemotron import Nemotron
+from nemomodel.model.shares import first_expert, shares
 from nemomodel.quant.linear import LinearFormat, QuantizedLinear
+from nemomodel.quant.passes import Pass
 from nemomodel.quant.recipe import FORMATS
 from nemomodel.quant.statistics import Observer
 from nemomodel.quant.transformer_engine import TransformerEngineLinear
@@ -24,7 +26,6 @@ from nemomodel.quant.transformer_engine_recipe import execution
 ROLES = {
     LayerKind.MAMBA: {"in_proj": Role.MAMBA_IN, "out_proj": Role.MAMBA_OUT},
     LayerKind.ATTENTION: {
-        "qkv_proj": Role.ATTENTION_QKV,
         "q_proj": Role.ATTENTION_QKV,
         "k_proj": Role.ATTENTION_QKV,
         "v_proj": Role.ATTENTION_QKV,
@@ -55,6 +56,12 @@ class Slot(NamedTuple):
     owner: nn.Module
     attribute: str
 
+    @property
+    def weight(self) -> Tensor:
+        if isinstance(self.owner, Experts):
+            return getattr(self.owner, self.attribute.removeprefix("quantized_"))
+        return self.owner.weight
+
 
 class Quantization:
     """The quantised layers of a model; which they are changes with the phases of its run.
@@ -79,16 +86,21 @@ class Quantization:
         self._config, self._slots = model.config, list(_slots(model))
         self.roles = {slot.name: slot.place.role for slot in self._slots}
         """Of every linear layer of this rank, quantised or not."""
+        self._mesh, self.at = model.mesh, Pass()
+        """The forward pass that all layers are in."""
         self._phases, self._seed, self._executor = tuple(phases), seed, executor
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.at = self.at
         self._enter(self._phases[0])
 
-    def begin(self, step: int, micro_batch: int) -> None:
-        """Call before each forward pass; see `QuantizedLinear.begin`."""
-        self._begin(self.phase(step), step, micro_batch)
+    def begin(self, step: int, micro_batch: int, *, per_rank: int = 1) -> None:
+        """Call before each forward pass; see `Pass.begin`."""
+        self._begin(self.phase(step), step, micro_batch, per_rank)
 
     def begin_validation(self, step: int) -> None:
         """Call before a validation after `step`: in its phase, with the weights it has made."""
-        self._begin(self.phase(step), step + 1, 0)
+        self._begin(self.phase(step), step + 1, 0, 1)
 
     def phase(self, step: int) -> Phase:
         """The one a step is in, whatever step was last."""
@@ -111,19 +123,28 @@ class Quantization:
             return f"emulated {format}"
         return f"{execution(format, torch.cuda.get_device_capability())}, {format}"
 
-    def _begin(self, phase: Phase, step: int, micro_batch: int) -> None:
+    def _begin(self, phase: Phase, step: int, micro_batch: int, per_rank: int) -> None:
         if phase != self._phase:
             self._enter(phase)
         for layer in self.layers.values():
             layer.observer = self.observer
-            layer.begin(step, micro_batch)
+            if step != self.at.step:
+                layer.new_step()
+        self.at.begin(step, micro_batch, per_rank=per_rank)
 
     def _enter(self, phase: Phase) -> None:
         self._phase, self.layers = phase, {}
         for slot in self._slots:
             layer = None
             if format := _format(phase, slot.place):
-                layer = LAYERS[self._executor](format, name=slot.name, seed=self._seed)
+                layer = LAYERS[self._executor](
+                    format,
+                    name=slot.name,
+                    seed=self._seed,
+                    shares=shares(slot.weight, self._mesh, format, name=slot.name),
+                    first_expert=first_expert(slot.weight),
+                )
+                layer.at = self.at
                 self.layers[slot.name] = layer
             setattr(slot.owner, slot.attribute, layer)
 

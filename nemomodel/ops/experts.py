@@ -27,10 +27,21 @@ class Permutation:
     rows_E: Tensor  # rows of each expert, padding included
 
     @staticmethod
-    def by_expert(expert_TK: Tensor, num_experts: int, *, dtype: torch.dtype) -> "Permutation":
-        """Group by chosen expert, for products of `dtype`."""
+    def by_expert(
+        expert_TK: Tensor,
+        num_experts: int,
+        *,
+        dtype: torch.dtype,
+        order_T: Tensor | None = None,
+    ) -> "Permutation":
+        """Group by chosen expert, for products of `dtype`.
+
+        Args:
+            order_T: not negative; an expert's tokens stand by this, and those with the same one as
+                they come. None: all as they come.
+        """
         pad = dtype == torch.bfloat16 and not expert_TK.is_cuda
-        return Permutation._by_expert(expert_TK, num_experts, pad=pad)
+        return Permutation._by_expert(expert_TK, num_experts, pad=pad, order_T=order_T)
 
     @staticmethod
     def by_owner(expert_TK: Tensor, num_experts: int) -> "Permutation":
@@ -38,9 +49,15 @@ class Permutation:
         return Permutation._by_expert(expert_TK, num_experts, pad=False)
 
     @staticmethod
-    def _by_expert(expert_TK: Tensor, num_experts: int, *, pad: bool) -> "Permutation":
+    def _by_expert(
+        expert_TK: Tensor, num_experts: int, *, pad: bool, order_T: Tensor | None = None
+    ) -> "Permutation":
         T, K = expert_TK.shape
-        expert_R, copy_R = expert_TK.flatten().sort(stable=True)
+        key_TK = expert_TK
+        if order_T is not None and T:
+            key_TK = expert_TK * (order_T.max() + 1) + order_T.unsqueeze(1)
+        copy_R = key_TK.flatten().argsort(stable=True)
+        expert_R = expert_TK.flatten()[copy_R]
         count_E = torch.bincount(expert_R, minlength=num_experts)
         place_R, rows_E, num_rows = torch.arange(T * K, device=expert_R.device), count_E, T * K
         if pad:

@@ -5,7 +5,7 @@ rows grouped by expert, and returns for every token the sum over its experts. Wh
 width the experts work at: L / D of the bytes of a plain MoE.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -15,8 +15,23 @@ from torch import Tensor
 from nemomodel.ops.experts import Permutation, add_copies, copy_tokens, permute_gates
 from nemomodel.parallel.mesh import Axis, Mesh
 
-Experts = Callable[[Tensor, Tensor, Permutation], Tensor]
-"""y_RL of rows z_RL with gates gate_R, in an order by expert."""
+
+class Experts(Protocol):
+    """The experts of this rank."""
+
+    @property
+    def by_micro_batch(self) -> bool:
+        """Whether they want the rows of different micro-batches apart."""
+
+    def __call__(
+        self, z_RL: Tensor, gate_R: Tensor, order: Permutation, *, ranks: Sequence[int]
+    ) -> Tensor:
+        """y_RL of rows with their gates, in an order by expert; or, where they want that, by
+        micro-batch and in it by expert.
+
+        Args:
+            ranks: of each micro-batch, how much further the data-parallel rank is that it is of.
+        """
 
 
 class Dispatch(Protocol):
@@ -35,7 +50,11 @@ class Dispatch(Protocol):
 def make_dispatch(num_experts: int, mesh: Mesh) -> Dispatch:
     if mesh.ep.size == mesh.etp.size == 1:
         return LocalDispatch(num_experts)
-    return AllToAllDispatch(num_experts, ep=mesh.ep, etp=mesh.etp)
+    if mesh.dispatcher != "alltoall":
+        from nemomodel.parallel import flex_dispatch  # needs megatron-core
+
+        return flex_dispatch.make(num_experts, mesh)
+    return AllToAllDispatch(num_experts, ep=mesh.ep, etp=mesh.etp, positions=mesh.positions)
 
 
 class LocalDispatch:
@@ -48,18 +67,21 @@ class LocalDispatch:
         self, z_TL: Tensor, expert_TK: Tensor, gate_TK: Tensor, experts: Experts
     ) -> tuple[Tensor, Tensor]:
         order = Permutation.by_expert(expert_TK, self.num_experts, dtype=z_TL.dtype)
-        return _pass(z_TL, gate_TK, experts, order), order.count_E
+        return _pass(z_TL, gate_TK, experts, order, ranks=[0]), order.count_E
 
 
 class AllToAllDispatch:
     """Rank p of ep holds the p-th part of the experts; etp ranks hold a part of each of those.
 
-    The rows of an expert arrive ordered by the rank they come from, and there by token. The ranks
-    of etp have different tokens, so each passes its own on to the others.
+    The ranks of etp have different tokens, so each passes what it received on to the others. An
+    expert's rows stand by the rank they come from, and there by token.
+
+    Args:
+        positions: consecutive ranks share a micro-batch.
     """
 
-    def __init__(self, num_experts: int, *, ep: Axis, etp: Axis):
-        self.num_experts, self.ep, self.etp = num_experts, ep, etp
+    def __init__(self, num_experts: int, *, ep: Axis, etp: Axis, positions: Axis):
+        self.num_experts, self.ep, self.etp, self.positions = num_experts, ep, etp, positions
 
     def __call__(
         self, z_TL: Tensor, expert_TK: Tensor, gate_TK: Tensor, experts: Experts
@@ -72,23 +94,42 @@ class AllToAllDispatch:
 
         z_RL = _all_to_all(copy_tokens(z_TL, order), receive, send, self.ep)
         gate_R = _all_to_all(permute_gates(gate_TK, order), receive, send, self.ep)
-        blocks = _gather_counts(received_PE.flatten(), self.etp)
-        rows = [int(block.sum()) for block in blocks]
+        count_QPE = _gather_counts(received_PE, self.etp)
+        rows = count_QPE.sum((1, 2)).tolist()
         z_RL, gate_R = _gather(z_RL, rows, self.etp), _gather(gate_R, rows, self.etp)
-        expert_E = torch.arange(received_PE.shape[1], device=z_TL.device)
-        expert_R = expert_E.repeat(self.ep.size * self.etp.size).repeat_interleave(
-            torch.cat(blocks)
-        )
 
-        local = Permutation.by_expert(expert_R.unsqueeze(1), len(expert_E), dtype=z_TL.dtype)
-        y_RL = _pass(z_RL, gate_R.unsqueeze(1), experts, local)
+        local, ranks = self._by_expert(count_QPE, experts.by_micro_batch, z_TL.dtype)
+        y_RL = _pass(z_RL, gate_R.unsqueeze(1), experts, local, ranks=ranks)
         y_RL = _all_to_all(_scatter(y_RL, rows, self.etp), send, receive, self.ep)
         return add_copies(y_RL, order), order.count_E
 
+    def _by_expert(
+        self, count_QPE: Tensor, by_micro_batch: bool, dtype: torch.dtype
+    ) -> tuple[Permutation, list[int]]:
+        """The order of the rows of this rank's experts.
 
-def _pass(z_TL: Tensor, gate_TK: Tensor, experts: Experts, order: Permutation) -> Tensor:
-    y_RL = experts(copy_tokens(z_TL, order), permute_gates(gate_TK, order), order)
-    return add_copies(y_RL, order)
+        Args:
+            count_QPE: rows by rank of etp, rank of ep, and expert, as they lie.
+        """
+        Q, P, E = count_QPE.shape
+        place = torch.arange(Q * P * E, device=count_QPE.device).view(Q, P, E)
+        q, p, e = place // (P * E), place // E % P, place % E
+        rank = p * Q + q  # as ranks are numbered: etp runs faster
+        micro_batch = rank // self.positions.size if by_micro_batch else torch.zeros_like(rank)
+        group_R, rank_R = (
+            t.flatten().repeat_interleave(count_QPE.flatten()) for t in (micro_batch * E + e, rank)
+        )
+        number = -(-Q * P // self.positions.size) if by_micro_batch else 1
+        order = Permutation.by_expert(group_R.unsqueeze(1), number * E, dtype=dtype, order_T=rank_R)
+        own = (self.ep.rank * Q + self.etp.rank) // self.positions.size if by_micro_batch else 0
+        return order, [m - own for m in range(number)]
+
+
+def _pass(
+    z_TL: Tensor, gate_TK: Tensor, experts: Experts, order: Permutation, *, ranks: Sequence[int]
+) -> Tensor:
+    z_RL, gate_R = copy_tokens(z_TL, order), permute_gates(gate_TK, order)
+    return add_copies(experts(z_RL, gate_R, order, ranks=ranks), order)
 
 
 def _all_to_all(t: Tensor, receive: Sequence[int], send: Sequence[int], axis: Axis) -> Tensor:
@@ -99,13 +140,13 @@ def _all_to_all(t: Tensor, receive: Sequence[int], send: Sequence[int], axis: Ax
     return mappings.all_to_all(axis.group, t, list(receive), list(send))
 
 
-def _gather_counts(count: Tensor, etp: Axis) -> list[Tensor]:
-    """The counts of every rank."""
+def _gather_counts(count_PE: Tensor, etp: Axis) -> Tensor:
+    """[Q, P, E] of the Q ranks of etp."""
     if etp.size == 1:
-        return [count]
-    counts = [torch.empty_like(count) for _ in range(etp.size)]
-    dist.all_gather(counts, count, group=etp.group)
-    return counts
+        return count_PE.unsqueeze(0)
+    counts = [torch.empty_like(count_PE) for _ in range(etp.size)]
+    dist.all_gather(counts, count_PE, group=etp.group)
+    return torch.stack(counts)
 
 
 def _gather(t: Tensor, rows: Sequence[int], etp: Axis) -> Tensor:

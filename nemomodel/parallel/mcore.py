@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nemomodel.config.checks import rank_problems
 from nemomodel.config.load import ConfigError
 from nemomodel.config.schema import Config
-from nemomodel.parallel import cpu
+from nemomodel.parallel import cpu, flex_dispatch
 from nemomodel.parallel.mesh import Axis, Mesh
 from nemomodel.parallel.shard import is_expert
 
@@ -79,7 +79,7 @@ def start_ranks(config: Config) -> Ranks:
     that exist already (of a test) are taken as they are.
 
     Raises:
-        ConfigError: the number of ranks or the device does not fit the config.
+        ConfigError: the number of ranks, the device or its packages do not fit the config.
     """
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -89,6 +89,8 @@ def start_ranks(config: Config) -> Ranks:
     if found := list(rank_problems(config, world_size)):
         raise ConfigError("\n  ".join(["launch:", *found]))
     device = _device(config, local_rank)
+    if config.parallel.dispatcher != "alltoall":
+        flex_dispatch.require(config.parallel.dispatcher, device)
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         under_torchrun = "MASTER_ADDR" in os.environ and "RANK" in os.environ
@@ -120,6 +122,8 @@ def start_ranks(config: Config) -> Ranks:
             ep=_axis(groups.ep),
             etp=_axis(groups.expt_tp),
             positions=_axis(groups.tp_cp),
+            experts=_axis(groups.tp_ep),
+            dispatcher=p.dispatcher,
         ),
     )
 

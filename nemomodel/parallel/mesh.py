@@ -46,6 +46,10 @@ class Mesh:
     etp: Axis = field(default_factory=Axis)
     positions: Axis = field(default_factory=Axis)
     """tp and cp together."""
+    experts: Axis = field(default_factory=Axis)
+    """ep and etp together, etp running faster."""
+    dispatcher: str = "alltoall"
+    """What carries tokens to their experts: `parallel.dispatcher`."""
 
 
 SINGLE = Mesh()

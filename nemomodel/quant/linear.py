@@ -22,6 +22,7 @@ from nemomodel.quant.operand import (
     product,
     quantize_groups,
 )
+from nemomodel.quant.passes import Pass, Use
 from nemomodel.quant.rounding import stream_key
 from nemomodel.quant.statistics import Observer
 
@@ -74,8 +75,7 @@ class Call(NamedTuple):
     rows: list[int]
     counts: list[int]
     """Rows that hold tokens, the first ones of every group."""
-    stream: tuple[int, int, int]
-    """Step, micro-batch, and number of the call in it."""
+    use: Use
 
 
 class QuantizedLinear:
@@ -104,19 +104,19 @@ class QuantizedLinear:
         self.amax: dict[str, Tensor] = {}
         """FP32 scalars, the largest magnitude of every operand in this step."""
         self._weights: dict[OperandFormat, GroupedOperand] = {}
-        self._step = self._micro_batch = self._calls = 0
+        self.at = Pass()
+        """Where the run is; several layers may share it."""
 
     def begin(self, step: int, micro_batch: int) -> None:
-        """Call before each forward pass.
+        """Of a layer that is alone in its pass: the next use is in this step and micro-batch."""
+        if step != self.at.step:
+            self.new_step()
+        self.at.begin(step, micro_batch)
 
-        Args:
-            step: the weight does not change within one.
-            micro_batch: number in the global batch, whatever rank has it.
-        """
-        if step != self._step:
-            self._weights.clear()
-            self.amax.clear()
-        self._step, self._micro_batch, self._calls = step, micro_batch, 0
+    def new_step(self) -> None:
+        """Call when the weight has changed."""
+        self._weights.clear()
+        self.amax.clear()
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """y [..., O] = x [..., I] weight^T for weight [O, I]; its gradient accumulates in FP32."""
@@ -156,8 +156,7 @@ class QuantizedLinear:
         return dw
 
     def _call(self, rows: list[int], counts: list[int]) -> Call:
-        self._calls += 1
-        return Call(rows, counts, (self._step, self._micro_batch, self._calls))
+        return Call(rows, counts, self.at.use(self.name))
 
     def _weight(self, weight: Tensor, format: OperandFormat | None) -> Iterable[ExactOperand]:
         """The quantised weight, of every expert; made once per step."""
@@ -181,15 +180,14 @@ class QuantizedLinear:
     def _operand(
         self, name: str, x_RK: Tensor, format: OperandFormat | None, call: Call
     ) -> Iterable[ExactOperand]:
-        rows, counts, stream = call
+        rows, counts, use = call
         if format is None:
             return [ExactOperand(matrix, None) for matrix in x_RK.split(rows)]
         keys = None
         if format.stochastic:
-            step, micro_batch, number = stream
-            of_layer = self.seed, step, micro_batch, self.name, name
+            of_layer = self.seed, use.step, use.micro_batch, self.name, name
             experts = range(self.first_expert, self.first_expert + len(rows))
-            keys = [stream_key(*of_layer, expert, number) for expert in experts]
+            keys = [stream_key(*of_layer, expert, use.number) for expert in experts]
         share = self.shares.get(name.partition(" ")[0])
         operand = quantize_groups(
             x_RK,

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +19,10 @@ from torch import Tensor
 
 from nemomodel.ops.wgrad import accumulate_grad
 from nemomodel.quant.linear import LinearFormat, Share
+from nemomodel.quant.passes import Pass, Use
 from nemomodel.quant.rounding import stream_key
 from nemomodel.quant.statistics import Observer
 from nemomodel.quant.transformer_engine_recipe import EXECUTOR, INSTEAD, execution, make_recipe
-
-
-class Call(NamedTuple):
-    """Names a forward pass: with a pipeline, others begin before its backward pass."""
-
-    step: int
-    micro_batch: int
-    number: int
 
 
 class TransformerEngineLinear:
@@ -78,13 +71,18 @@ class TransformerEngineLinear:
         # Ranks round different tokens, and different experts, with different bits.
         self._part = first_expert, gradient.token_rank if gradient else 0
         self._weights: dict[int, Any] = {}
-        self._step = self._micro_batch = self._calls = 0
+        self.at = Pass()
+        """Where the run is; several layers may share it."""
 
     def begin(self, step: int, micro_batch: int) -> None:
-        """Call before each forward pass; see `QuantizedLinear.begin`."""
-        if step != self._step:
-            self._weights.clear()
-        self._step, self._micro_batch, self._calls = step, micro_batch, 0
+        """Of a layer that is alone in its pass: the next use is in this step and micro-batch."""
+        if step != self.at.step:
+            self.new_step()
+        self.at.begin(step, micro_batch)
+
+    def new_step(self) -> None:
+        """Call when the weight has changed."""
+        self._weights.clear()
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """y [..., O] = x [..., I] weight^T for weight [O, I]; its gradient accumulates in FP32.
@@ -107,13 +105,9 @@ class TransformerEngineLinear:
             found = self._weights[expert] = self.weight(weight.detach())
         return found
 
-    def next_call(self) -> Call:
-        self._calls += 1
-        return Call(self._step, self._micro_batch, self._calls)
-
     @contextmanager
-    def random_stream(self, device: torch.device, call: Call) -> Iterator[None]:
-        """For the gradients of a call. Everybody else's stream goes on afterwards as if nothing
+    def random_stream(self, device: torch.device, use: Use) -> Iterator[None]:
+        """For the gradients of a use. Everybody else's stream goes on afterwards as if nothing
         had been drawn."""
         assert self.format.dgrad
         if not self.format.dgrad.left.stochastic:
@@ -121,7 +115,7 @@ class TransformerEngineLinear:
             return
         generator = torch.cuda.default_generators[device.index or 0]
         before = generator.get_state()
-        high, low = stream_key(self.seed, *call, self.name, *self._part)
+        high, low = stream_key(self.seed, *use, self.name, *self._part)
         generator.manual_seed((high % 2**31) << 32 | low % 2**32)
         yield
         generator.set_state(before)
@@ -145,7 +139,12 @@ class _Linear(torch.autograd.Function):
         from transformer_engine.pytorch.quantized_tensor import prepare_for_saving
 
         x_TI = x.flatten(0, -2)
-        ctx.weight, ctx.layer, ctx.call, ctx.rows = weight, layer, layer.next_call(), len(x_TI)
+        ctx.weight, ctx.layer, ctx.use, ctx.rows = (
+            weight,
+            layer,
+            layer.at.use(layer.name),
+            len(x_TI),
+        )
         _use(layer.input, rows=True, columns=weight.requires_grad)
         operand = layer.input(_pad_rows(x_TI, layer))
         y, *_ = general_gemm(
@@ -164,7 +163,7 @@ class _Linear(torch.autograd.Function):
 
         layer, weight, (need_x, need_weight, _) = ctx.layer, ctx.weight, ctx.needs_input_grad
         _use(layer.grad, rows=need_x, columns=need_weight)
-        with layer.random_stream(dy.device, ctx.call):
+        with layer.random_stream(dy.device, ctx.use):
             operand = layer.grad(_pad_rows(dy.flatten(0, -2), layer))
         options = {"grad": True, "use_split_accumulator": True}
         dx = dw = None
@@ -196,7 +195,7 @@ class _GroupedLinear(torch.autograd.Function):
         from transformer_engine.pytorch.quantized_tensor import prepare_for_saving
 
         ctx.groups = groups = _Groups.of(rows_E, count_E, layer.execution.row_multiple, x.device)
-        ctx.weight, ctx.layer, ctx.call = weight, layer, layer.next_call()
+        ctx.weight, ctx.layer, ctx.use = weight, layer, layer.at.use(layer.name)
         if not groups.experts:
             return x.new_zeros(len(x), weight.shape[1])
         _use(layer.input, rows=True, columns=weight.requires_grad)
@@ -227,7 +226,7 @@ class _GroupedLinear(torch.autograd.Function):
         operands = []
         if experts:
             _use(layer.grad, rows=need_x, columns=need_weight)
-            with layer.random_stream(dy.device, ctx.call):
+            with layer.random_stream(dy.device, ctx.use):
                 operands = _quantize_groups(groups.padded(dy), groups, layer.grad)
         options = {"grad": True, "use_split_accumulator": True, "m_splits": groups.padded_rows}
         none = [None] * len(operands)

@@ -133,9 +133,12 @@ def build_engine(config: Config, ranks: Ranks) -> Engine:
             stage=cut_stages(config)[ranks.mesh.pp.rank],
         )
     initialize(model, seed=config.run.seed)
-    model.quantization = Quantization(
-        model, phases(config), seed=config.run.seed, executor=config.precision.executor
-    )
+    try:
+        model.quantization = Quantization(
+            model, phases(config), seed=config.run.seed, executor=config.precision.executor
+        )
+    except ValueError as error:
+        raise ConfigError(f"parallel: {error}") from None
     ddp = wrap_ddp(model, config, ranks)
     optimizer = build_optimizer(ddp, config, ranks)
     return Engine(ddp, optimizer, build_scheduler(optimizer, config))

@@ -64,7 +64,7 @@ def forward_backward(
 
     def forward(i: int, received: Tensor | None) -> Tensor:
         batch = batches[i]
-        model.quantization.begin(step, first + i)
+        model.quantization.begin(step, first + i, per_rank=len(batches))
         losses = model.losses(
             batch.ids_BS,
             batch.labels_BS,

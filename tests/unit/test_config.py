@@ -492,6 +492,37 @@ def test_phases_are_tables_of_the_file(tmp_path: Path) -> None:
             "use some of attention, mamba, moe",
         ),
         (
+            ('parallel.dispatcher="deepep"', "precision.recipe=bf16"),
+            "parallel.dispatcher='deepep' has no effect: parallel.ep=1 and parallel.etp=1, "
+            'no token travels; use "alltoall"',
+        ),
+        (
+            ('parallel.dispatcher="hybridep"', "parallel.ep=2"),
+            "parallel.dispatcher='hybridep' mixes BF16 tokens of several micro-batches, precision "
+            'recipe fp32 has FP32; use "alltoall", or the recipe bf16',
+        ),
+        (
+            (
+                'parallel.dispatcher="deepep"',
+                "parallel.ep=2",
+                "precision.recipe=bf16",
+                'precision.phases=[{from_tokens = 99, recipe = "mxfp8"}]',
+            ),
+            "parallel.dispatcher='deepep' mixes BF16 tokens of several micro-batches, precision "
+            'recipe mxfp8 quantises every micro-batch apart; use "alltoall", or the recipe bf16',
+        ),
+        (
+            (
+                'parallel.dispatcher="deepep"',
+                "parallel.etp=4",
+                "precision.recipe=bf16",
+                "model.moe.num_experts=16",
+                "model.moe.top_k=9",
+            ),
+            "parallel.dispatcher='deepep' takes 32 experts per token, model.moe.top_k=9 times "
+            'parallel.etp=4 is more; use "alltoall", or a smaller parallel.etp',
+        ),
+        (
             ('data.train=[{path = "t", weight = 0}]', "train.validation_interval=none"),
             "data.train.0.weight=0: is not allowed; use a value above 0.0",
         ),

@@ -179,9 +179,9 @@ def test_validation_uses_the_weights_after_the_step_in_its_phase() -> None:
     _, quantization = build(config)
     layer = next(iter(quantization.layers.values()))
     quantization.begin(3, 0)
-    assert layer._step == 3
+    assert layer.at.step == 3
     quantization.begin_validation(3)
-    assert layer._step == 4
+    assert layer.at.step == 4
 
 
 def test_description_counts_every_linear_layer_of_every_phase() -> None:
