@@ -59,12 +59,10 @@ def run_layout(run_ranks: Callable, path: Path, name: str, world: int, layout: s
     return run_dir
 
 
-@pytest.fixture(scope="session")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that all others have to equal."""
-    path = tmp_path_factory.mktemp("layouts")
+def one_rank_run(path: Path, *overrides: str) -> Path:
+    """The run folder of a run in one forked process."""
     run_dir = path / "one"
-    config = make_config(path / "files", f"run.dir={run_dir}", *STEPS, *MODEL)
+    config = make_config(path / "files", f"run.dir={run_dir}", *overrides)
     process = mp.get_context("fork").Process(target=run_to_end, args=(config,))
     process.start()
     process.join()
@@ -72,24 +70,39 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+def assert_same_records(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    for record, wanted in zip(actual, expected, strict=True):
+        assert record == pytest.approx(wanted, rel=1e-6)
+
+
+def assert_equal_state(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Weights, router biases, master weights and moments of checkpoints."""
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        found = actual[key]
+        if key.endswith("expert_bias"):
+            assert torch.equal(found, value), key
+            continue
+        if ".exp_avg_sq." in key:  # of squares: the relative error is twice that of gradients
+            value, found = value.sqrt(), found.sqrt()
+        assert_close(found, value, limit=1e-5, name=key)
+
+
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that all others have to equal."""
+    return one_rank_run(tmp_path_factory.mktemp("layouts"), *STEPS, *MODEL)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_trains_as_one_rank(
     name: str, one_rank: Path, run_ranks: Callable, tmp_path: Path
 ) -> None:
     run_dir = run_layout(run_ranks, tmp_path, name, *LAYOUTS[name])
-    for record, expected in zip(read_records(run_dir), read_records(one_rank), strict=True):
-        assert record == pytest.approx(expected, rel=1e-6)
+    assert_same_records(read_records(run_dir), read_records(one_rank))
     # The first moment after one step is a tenth of the (clipped) gradient.
     for step in (1, 3):
-        state, expected = read_state(run_dir, step), read_state(one_rank, step)
-        assert state.keys() == expected.keys()
-        for key, value in expected.items():
-            if key.endswith("expert_bias"):
-                assert torch.equal(state[key], value), key
-                continue
-            if ".exp_avg_sq." in key:  # of squares: the relative error is twice that of gradients
-                value, state[key] = value.sqrt(), state[key].sqrt()
-            assert_close(state[key], value, limit=1e-5, name=f"{key} after step {step}")
+        assert_equal_state(read_state(run_dir, step), read_state(one_rank, step))
 
 
 QUANTIZED = (
