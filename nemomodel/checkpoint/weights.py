@@ -3,16 +3,19 @@
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nemomodel.checkpoint.files import (
     FOLDER,
     MANIFEST,
     CheckpointError,
+    SafeReader,
     check_shapes,
     damage,
     read_state,
@@ -24,6 +27,7 @@ from nemomodel.config.load import parse_model
 from nemomodel.config.pattern import CUT
 from nemomodel.config.schema import ModelConfig
 from nemomodel.model.nemotron import Nemotron
+from nemomodel.parallel.shard import shard_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +72,8 @@ def read_config(path: Path | str) -> dict[str, Any]:
 def load_weights(path: Path | str, model: nn.Module) -> Path:
     """Copy the weights of a checkpoint into `model`, which keeps its dtypes and devices.
 
-    It does not matter on how many ranks the checkpoint was written. Memory beside the model: one
-    tensor.
+    It does not matter on how many ranks the checkpoint was written, nor which part of each tensor
+    `model` holds. Memory beside the model: one tensor.
 
     Args:
         path: step folder, run folder of which the newest intact checkpoint is taken, or Hugging
@@ -97,17 +101,34 @@ def copy_checkpoint(folder: Path, model: nn.Module) -> None:
     if isinstance(model, Nemotron):
         saved = parse_model(read_state(folder)["config"]["model"], where=str(folder))
         _check_config(folder, saved, model.config)
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    check_shapes(folder, {name: list(tensor.shape) for name, tensor in tensors.items()})
-    read_tensors(folder, tensors)
+    tensors = {f"model.{n}": t for n, t in model.state_dict(keep_vars=True).items()}
+    check_shapes(folder, {name: list(shard_of(t).shape) for name, t in tensors.items()})
+    reader = SafeReader(folder)
+    for name, tensor in tensors.items():
+        with _whole(tensor) as out:
+            read_tensors(folder, {name: out}, reader=reader)
 
 
 def copy_folder(folder: Folder, model: Nemotron) -> None:
     """`load_weights` from a Hugging Face folder."""
     _check_config(folder.path, folder.config, model.config)
-    tensors = model.state_dict()
+    tensors = model.state_dict(keep_vars=True)
     for entry in folder.entries:
-        folder.read(entry, tensors[entry.name])
+        if entry.name in tensors:  # a pipeline stage has some of them
+            with _whole(tensors[entry.name]) as out:
+                folder.read(entry, out)
+
+
+@contextmanager
+def _whole(tensor: Tensor) -> Iterator[Tensor]:
+    """Where to read a whole tensor to, of which a rank may hold a part: `tensor`."""
+    shard = shard_of(tensor)
+    if shard.local_shape == shard.shape:
+        yield tensor.detach()
+        return
+    whole = torch.empty(shard.shape, dtype=tensor.dtype)
+    yield whole
+    tensor.detach().copy_(shard.cut(whole))
 
 
 def _check_config(folder: Path, saved: ModelConfig, ours: ModelConfig) -> None:

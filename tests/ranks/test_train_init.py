@@ -48,6 +48,22 @@ def test_starts_with_the_weights_and_nothing_else(
     assert (saved["step"], saved["optimizer_steps"]) == (1, 1)
 
 
+@pytest.mark.parametrize("layout", ["tp=2", "pp=2", "ep=2"])
+@pytest.mark.parametrize("imported", [False, True], ids=["checkpoint", "folder"])
+def test_every_layout_starts_with_the_weights(
+    train: Train, tmp_path: Path, layout: str, imported: bool
+) -> None:
+    _, source = train("source", "train.stop_after=2")
+    path = tmp_path / "source"
+    if imported:
+        path = tmp_path / "hf"
+        export_checkpoint(tmp_path / "source", path)
+    start = f"checkpoint.init_from={path}"
+    _, state = train("new", start, f"parallel.{layout}", *STILL, world=2)
+    weights = [name for name in source if name.startswith("model.")]
+    assert [n for n in weights if not torch.equal(state[n], source[n])] == []
+
+
 def test_own_checkpoint_comes_first(train: Train, tmp_path: Path) -> None:
     straight, state = train("straight")
     train("parts", "train.stop_after=3")
