@@ -111,7 +111,7 @@ def grouped_linear(x_RI: Tensor, weight: Tensor, rows_E: Tensor) -> Tensor:
 
 def _sum_rows(y_RL: Tensor, order: Permutation) -> Tensor:
     T, K = order.row_TK.shape
-    return y_RL[order.row_TK.flatten()].view(T, K, -1).sum(1)
+    return y_RL[order.row_TK.flatten()].view(T, K, y_RL.shape[-1]).sum(1)
 
 
 class _CopyTokens(torch.autograd.Function):

@@ -161,4 +161,4 @@ def _scatter(t: Tensor, rows: Sequence[int], etp: Axis) -> Tensor:
     if etp.size == 1:
         return t
     mine = rows[etp.rank]
-    return _all_to_all(t, [mine] * etp.size, rows, etp).view(etp.size, mine, -1).sum(0)
+    return _all_to_all(t, [mine] * etp.size, rows, etp).view(etp.size, mine, t.shape[-1]).sum(0)
