@@ -32,6 +32,7 @@ MODEL = (
     "model.init_std=0.1",  # gradients of A_log far above the rounding of their terms
     "train.micro_batch_size=1",
 )
+OVERLAP = "overlap_grad_reduce=true overlap_param_gather=true"
 LAYOUTS = {
     "tp2": (2, "tp=2"),
     "tp4": (4, "tp=4"),
@@ -47,6 +48,9 @@ LAYOUTS = {
     "tp2 cp2 ep4": (4, "tp=2 cp=2 ep=4"),
     "tp2 cp2 ep2 dp2": (8, "tp=2 cp=2 ep=2"),
     "pp2 ep2 dp2": (4, "pp=2 ep=2"),
+    "dp2 overlap": (2, OVERLAP),
+    "tp2 ep2 dp2 overlap": (4, f"tp=2 ep=2 {OVERLAP}"),
+    "pp2 dp2 overlap": (4, f"pp=2 {OVERLAP}"),
 }
 
 
@@ -121,6 +125,7 @@ QUANTIZED = (
     "train.seq_length=128",
     "train.validation_sequences=4",
 )
+
 QUANTIZED_LAYOUTS = {
     "dp2": (2, ""),
     "tp2": (2, "tp=2 etp=2"),
