@@ -12,6 +12,7 @@ from torch import Tensor
 from nemomodel.config.schema import Config
 from nemomodel.train import loop
 from tests.close import assert_close
+from tests.conftest import fork_safely
 from tests.ranks.gradients import whole_gradients
 from tests.ranks.test_train import (
     assert_same_state,
@@ -67,11 +68,18 @@ def one_rank_run(path: Path, *overrides: str) -> Path:
     """The run folder of a run in one forked process."""
     run_dir = path / "one"
     config = make_config(path / "files", f"run.dir={run_dir}", *overrides)
-    process = mp.get_context("fork").Process(target=run_to_end, args=(config,))
-    process.start()
+    run_forked(run_to_end, config)
+    return run_dir
+
+
+def run_forked(fn: Callable[..., None], *args: object) -> None:
+    """As `run_ranks` of one rank, for fixtures that live longer."""
+    gc.collect()
+    process = mp.get_context("fork").Process(target=fn, args=args)
+    with fork_safely():
+        process.start()
     process.join()
     assert process.exitcode == 0
-    return run_dir
 
 
 def assert_same_records(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
@@ -151,11 +159,7 @@ def save_quantized_gradients(config: Config, path: Path) -> None:
 def quantized_one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     path = tmp_path_factory.mktemp("quantized")
     config = make_config(path / "files", *QUANTIZED)
-    process = mp.get_context("fork").Process(
-        target=save_quantized_gradients, args=(config, path / "one.pt")
-    )
-    process.start()
-    process.join()
+    run_forked(save_quantized_gradients, config, path / "one.pt")
     return torch.load(path / "one.pt")
 
 
