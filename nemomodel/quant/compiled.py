@@ -1,47 +1,46 @@
-# NOTICE TO Q FROM THE FOUNDER: the project has a fixed rule "no compiled extension of ours": no C++ of ours, not even compiled at run time. compiled.py has to use torch.compile (inductor's C++ backend) on plain torch
-# functions instead of compiled.cpp/ctypes. Please replace it: same public face (parts of a matrix in one call is a good idea: keep it), few dynamic-shape graphs (one per format and dtype), and announce a missing compiler.
-# If cold compile time is the problem: disable what is not needed (config.cpp settings, no precompiled headers, fewer variants: nearest/stochastic as one graph with bits passed in where it costs nothing, ...), eager for small matrices
-# so that tests and tiny runs never wait for the compiler, and measure. Delete compiled.cpp. Then remove this notice.
-"""The quantiser of operands in C++ for CPUs (compiled.cpp), with the bits of the plain one.
+"""The quantiser of operands on CPUs, compiled by torch.compile, with the bits of the plain one.
 
-Compiled at first use, for this processor, in about three seconds, and kept in the user's cache
-folder. Where there is no compiler, or it fails, the plain quantiser in `operand.py` serves.
+The passes over a matrix, or over the matrices of all experts at once:
+
+    transform    rows, where the format has one                 compiled
+    peaks        the largest magnitude of every block           compiled
+    amax         of every matrix, from the peaks                small
+    scales       of every block                                 compiled
+    values       code times scale                               compiled
+
+Each is a graph of its own, for any size: fused into one, a scale would be computed again for every
+element. Inductor goes through memory where a float is read as an integer, so elements of E2M1 are
+rounded with comparisons here. Small matrices are not worth a call, nor a wait for the compiler.
 """
 
-import ctypes
 import functools
-import hashlib
+import itertools
 import logging
-import os
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from nemomodel.quant.hadamard import hadamard_matrix
+from nemomodel.quant.formats import E4M3
+from nemomodel.quant.hadamard import SIGNS
+from nemomodel.quant.mx import block_exponents
+from nemomodel.quant.nvfp4 import block_scales
+from nemomodel.quant.rounding import exp2, hash_counter, round_nearest, round_stochastic
 
 if TYPE_CHECKING:
     from nemomodel.quant.operand import OperandFormat, Place2D
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = (
-    *("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-pthread"),
-    # Every operation rounds once, as in the plain quantiser; the other two do not change results.
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-)
-ELEMENTS_PER_THREAD = 2**17
-"""A thread takes as long to start as the work on fewer."""
-ALONG = ("columns", "rows", "both")
+WORTH_A_CALL = 2**18
+"""Elements from which compiled passes are used: a call takes as long as 2^16 elements, and
+programs that have only small matrices do not wait for the compiler."""
+LANES = 16
+"""Every pass sees the columns in groups of as many."""
 
 
 @dataclass(frozen=True)
@@ -58,29 +57,17 @@ class Part:
     """Stream of stochastic rounding."""
 
 
-class _Part(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("row", "rows", "out_row", "out_rows", "key0", "key1")
-    ]
-
-
-class _Job(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "values", "parts", "signs", "column_of")),
-        *((name, ctypes.c_int64) for name in ("stride", "columns", "num_parts", "along")),
-        *((name, ctypes.c_int64) for name in ("first_row", "counter_width", "threads")),
-    ]
-
-
 def takes(x: Tensor) -> bool:
-    """Whether this quantiser can take x."""
+    """Whether this quantiser is the one for x."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
-        and _library() is not None
+        and x.numel() >= WORTH_A_CALL
+        and _has_compiler()
     )
 
 
+@torch.no_grad()
 def quantize(
     x_MK: Tensor,
     format: "OperandFormat",
@@ -94,94 +81,200 @@ def quantize(
 
     Args:
         x_MK: BF16 or FP32 on a CPU.
-        out_rows: rows of the result; the parts have to cover them all.
+        out_rows: rows of the result; the parts cover them all, in order.
         place: of every part in the matrix that ranks share.
 
     Returns:
         values [out_rows, K] in the dtype of x, code times block scale, and the largest magnitude
         of every part, FP32, over the ranks of `amax_group` in NVFP4.
     """
-    library = _library()
-    x_MK = x_MK if x_MK.stride(-1) == 1 else x_MK.contiguous()
-    values = x_MK.new_empty(out_rows, x_MK.shape[1])
-    amax = torch.zeros(len(parts))
-    column_of = place.columns if place.columns is None else place.columns.contiguous()
-    list_of_parts = (_Part * len(parts))(
-        *((p.row, p.rows, p.out_row, p.out_rows, *(p.key or (0, 0))) for p in parts)
-    )
-    job = _Job(
-        x=x_MK.data_ptr(),
-        values=values.data_ptr(),
-        parts=ctypes.addressof(list_of_parts),
-        signs=_signs().data_ptr() if format.hadamard else None,
-        column_of=None if column_of is None else column_of.data_ptr(),
-        stride=x_MK.stride(0),
-        columns=x_MK.shape[1],
-        num_parts=len(parts),
-        along=ALONG.index(format.along),
-        first_row=place.row,
-        counter_width=place.width,
-        threads=min(torch.get_num_threads(), 1 + values.numel() // ELEMENTS_PER_THREAD),
-    )
-    bf16, amax_pointer = x_MK.dtype == torch.bfloat16, ctypes.c_void_p(amax.data_ptr())
-    if format.format == "nvfp4":
-        library.largest(ctypes.byref(job), bf16, amax_pointer)
+    K, (a, b) = x_MK.shape[1], format.block
+    heights = [-(-part.out_rows // a) * a for part in parts]
+    laid = _lay_out(x_MK, parts, heights, columns=-(-K // max(b, LANES)) * max(b, LANES))
+    if format.hadamard:
+        laid = _run(_transform, laid.view(-1, len(SIGNS), laid.shape[1])).flatten(0, 1)
+    height = 1 if a == 1 else LANES
+    groups = laid.view(-1, height, laid.shape[1] // LANES, LANES)
+    peaks = _peaks(groups, format)
+    band_amax = peaks.flatten(1).amax(1)
+    part_of = torch.arange(len(parts)).repeat_interleave(torch.tensor(heights) // height)
+    amax = torch.zeros(len(parts)).scatter_reduce_(0, part_of, band_amax, "amax")
+    if format.format == "mxfp8":
+        exponents = block_exponents(peaks, E4M3, "rceil")
+        multipliers, scales = exp2(-exponents), exp2(exponents)
+    else:
         if amax_group is not None:
             dist.all_reduce(amax, dist.ReduceOp.MAX, amax_group)
-    mxfp8 = format.format == "mxfp8"
-    library.encode(ctypes.byref(job), bf16, mxfp8, format.stochastic, amax_pointer)
-    return values, amax
+        multipliers, scales = _run(block_scales, peaks, amax[part_of].view(-1, 1, 1, 1))
+    args = [groups, multipliers, scales]
+    if format.stochastic:
+        args += _streams(parts, heights, place, groups)
+    values = _run(_VALUES[format.format, format.stochastic], *args).view(laid.shape)
+    if sum(heights) != out_rows:
+        pieces = zip(values.split(heights), parts, strict=True)
+        values = torch.cat([piece[: part.out_rows] for piece, part in pieces])
+    return values[:, :K], amax
+
+
+def _lay_out(
+    x_MK: Tensor, parts: Sequence[Part], heights: Sequence[int], *, columns: int
+) -> Tensor:
+    """Contiguous, every part `heights` tall and what is not its own zero; x if it is so already."""
+    if columns == x_MK.shape[1] and all(
+        part.row == start and part.rows == height
+        for part, start, height in zip(parts, _starts(heights), heights, strict=True)
+    ):
+        return x_MK[: sum(heights)].contiguous()
+    laid = x_MK.new_zeros(sum(heights), columns)
+    for piece, part in zip(laid.split(heights), parts, strict=True):
+        piece[: part.rows, : x_MK.shape[1]] = x_MK[part.row : part.row + part.rows]
+    return laid
+
+
+def _starts(heights: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(heights)][:-1]
+
+
+def _peaks(groups: Tensor, format: "OperandFormat") -> Tensor:
+    """The largest magnitude of every block, FP32, [G, 1, C, 1] or [G, 1, C, LANES] for groups
+    [G, height, C, LANES]; of a block that is several groups, once for each."""
+    dim = 2 if format.along == "columns" else 0
+    peaks = _run(_peaks_of_columns if dim else _peaks_of_rows, groups)
+    if format.along == "both":
+        return peaks.amax(-1, keepdim=True)
+    if (several := max(format.block) // LANES) == 1:
+        return peaks
+    blocks = peaks.unflatten(dim, (-1, several))
+    return blocks.amax(dim + 1, keepdim=True).expand_as(blocks).flatten(dim, dim + 1)
+
+
+def _streams(
+    parts: Sequence[Part], heights: Sequence[int], place: "Place2D", groups: Tensor
+) -> list[Tensor]:
+    """Of every row its first number in the counter, of every column what it adds, and of every row
+    the two halves of its key; int32, broadcast against `groups`."""
+    rows = torch.cat([torch.arange(place.row, place.row + height) for height in heights])
+    columns = torch.arange(groups.shape[2] * LANES)
+    if place.columns is not None:
+        columns = F.pad(place.columns, (0, len(columns) - len(place.columns)))
+    keys = torch.tensor([part.key for part in parts]).repeat_interleave(torch.tensor(heights), 0)
+    by_row = [(rows * place.width), *keys.unbind(1)]
+    first, *halves = (t.to(torch.int32).view(*groups.shape[:2], 1, 1) for t in by_row)
+    return [first, columns.to(torch.int32).view(-1, LANES), *halves]
+
+
+def _transform(x_GRK: Tensor) -> Tensor:
+    """`transform_rows`, written out: its 16 rows stay in registers."""
+    factor = len(SIGNS) ** -0.5
+    rows = [x.float() * (sign * factor) for x, sign in zip(x_GRK.unbind(1), SIGNS, strict=True)]
+    for _ in range(len(SIGNS).bit_length() - 1):
+        pairs = list(zip(rows[::2], rows[1::2], strict=True))
+        rows = [even + odd for even, odd in pairs] + [even - odd for even, odd in pairs]
+    return torch.stack([row.to(x_GRK.dtype) for row in rows], dim=1)
+
+
+def _peaks_of_columns(groups: Tensor) -> Tensor:
+    return groups.float().abs().amax(-1, keepdim=True)
+
+
+def _peaks_of_rows(groups: Tensor) -> Tensor:
+    """Written out: a reduction would read every column of a row by itself."""
+    first, *others = (row.float().abs() for row in groups.unbind(1))
+    return functools.reduce(torch.maximum, others, first).unsqueeze(1)
+
+
+def _nvfp4_values(x: Tensor, multipliers: Tensor, scales: Tensor) -> Tensor:
+    return (_nearest_e2m1(x.float() * multipliers) * scales).to(x.dtype)
+
+
+def _mxfp8_values(x: Tensor, multipliers: Tensor, scales: Tensor) -> Tensor:
+    return (round_nearest(x.float() * multipliers, E4M3) * scales).to(x.dtype)
+
+
+def _nvfp4_draws(
+    x: Tensor,
+    multipliers: Tensor,
+    scales: Tensor,
+    row: Tensor,
+    column: Tensor,
+    key0: Tensor,
+    key1: Tensor,
+) -> Tensor:
+    bits = hash_counter(row + column, (key0, key1))
+    return (_stochastic_e2m1(x.float() * multipliers, bits) * scales).to(x.dtype)
+
+
+def _mxfp8_draws(
+    x: Tensor,
+    multipliers: Tensor,
+    scales: Tensor,
+    row: Tensor,
+    column: Tensor,
+    key0: Tensor,
+    key1: Tensor,
+) -> Tensor:
+    bits = hash_counter(row + column, (key0, key1))
+    return (round_stochastic(x.float() * multipliers, E4M3, bits) * scales).to(x.dtype)
+
+
+_VALUES = {
+    ("nvfp4", False): _nvfp4_values,
+    ("nvfp4", True): _nvfp4_draws,
+    ("mxfp8", False): _mxfp8_values,
+    ("mxfp8", True): _mxfp8_draws,
+}
+
+
+def _nearest_e2m1(v: Tensor) -> Tensor:
+    """`round_nearest`, with its powers of two from comparisons."""
+    v = v.clamp(-6, 6)
+    m = v.abs()
+    shift = 1.5 * 2.0**22 * torch.where(m < 2, 1.0, torch.where(m < 4, 2.0, 4.0))
+    return (v + shift) - shift
+
+
+def _stochastic_e2m1(v: Tensor, bits: Tensor) -> Tensor:
+    """`round_stochastic` in steps of the result: t has its 22 bits below one, and none is lost."""
+    m = v.abs().clamp(max=6.0)
+    low = m < 1
+    m = torch.where(low, m + 1, m)
+    step = torch.where(m < 2, 0.5, torch.where(m < 4, 1.0, 2.0))
+    per_step = torch.where(m < 2, 2.0, torch.where(m < 4, 1.0, 0.5))
+    t = (m * per_step - 2) + ((bits >> 10) & (2**22 - 1)).float() * 2.0**-22
+    # Just below 1, m + 1 is 2 and its step that of 2.
+    q = t.floor() * step + torch.where(low, 2 * step - 1, 2 * step)
+    return torch.copysign(q, v)
+
+
+def _run(function: Callable[..., Any], *args: Tensor) -> Any:
+    """function(*args), compiled for every dtype and kind of broadcasting, not for every size."""
+    for arg in args:
+        for dim, size in enumerate(arg.shape):
+            if size not in (1, LANES):
+                torch._dynamo.maybe_mark_dynamic(arg, dim)
+    # Sizes that are equal by chance are not to be so for ever.
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        return _compiled(function)(*args)
 
 
 @functools.cache
-def _signs() -> Tensor:
-    return hadamard_matrix()[:, 0].contiguous()
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    options = {
+        # What lies between input and output stays in registers.
+        "realize_opcount_threshold": 10_000,
+        "realize_reads_threshold": 10_000,
+        "compile_threads": 1,
+    }
+    return torch.compile(function, options=options)
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled quantiser; None, after one line in the log, where it cannot be had."""
+def _has_compiler() -> bool:
+    """Whether torch.compile works here; says once if not."""
     try:
-        library = ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.CalledProcessError) as error:
-        why = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
-        log.warning("quantiser: plain PyTorch, about ten times slower (C++: %s)", why)
-        return None
-    flag = ctypes.c_bool
-    library.largest.argtypes = [ctypes.POINTER(_Job), flag, ctypes.c_void_p]
-    library.encode.argtypes = [ctypes.POINTER(_Job), flag, flag, flag, ctypes.c_void_p]
-    library.largest.restype = library.encode.restype = None
-    return library
-
-
-def _build() -> Path:
-    """The library's file, compiled if it is not there; ranks may come here at the same time.
-
-    Its name holds all that its bytes depend on, the processor and the compiler's version too.
-    """
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise FileNotFoundError("neither g++ nor clang++ is installed")
-    native = [compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull]
-    version = subprocess.run(native, check=True, capture_output=True, text=True).stderr
-    identity = "\0".join((SOURCE.read_text(), version, *FLAGS))
-    name = f"quantiser_{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
-    if (file := _cache_folder() / name).exists():
-        return file
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = Path(folder) / name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        made.replace(file)
-    return file
-
-
-@functools.cache
-def _cache_folder() -> Path:
-    """Where compiled libraries stay; without a home that can be written, only for this process."""
-    with suppress(OSError, RuntimeError):
-        folder = Path.home() / ".cache" / "nemomodel"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    return Path(tempfile.mkdtemp(prefix="nemomodel_"))
+        _compiled(torch.neg)(torch.zeros(LANES))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = str(error).strip().partition("\n")[0]
+        log.warning("quantiser: plain PyTorch, several times slower (torch.compile: %s)", why)
+        return False
+    return True

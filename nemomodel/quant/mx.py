@@ -81,7 +81,7 @@ def encode_mx(
         tiles: FP32, as `to_tiles` makes them.
         key, counter: of the random bits; see `round_values`.
     """
-    exponents = _block_exponents(tile_amax(tiles), element, scale_rule)
+    exponents = block_exponents(tile_amax(tiles), element, scale_rule)
     return round_values(tiles * exp2(-exponents), element, key, counter), exponents
 
 
@@ -109,7 +109,8 @@ def _key(rounding: Rounding, seed: int) -> tuple[int, int] | None:
     return stream_key(seed) if rounding == "stochastic" else None
 
 
-def _block_exponents(amax: Tensor, element: Element, rule: ScaleRule) -> Tensor:
+def block_exponents(amax: Tensor, element: Element, rule: ScaleRule) -> Tensor:
+    """int32, the power of two that blocks of these largest magnitudes share."""
     if rule == "rceil":
         exponents = _ceil_log2(torch.div(amax, torch.full_like(amax, element.max)))
     elif rule == "ceil":

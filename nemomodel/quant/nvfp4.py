@@ -118,6 +118,17 @@ def encode(
 
 def _scale(tiles: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
     """Elements divided by their scales, and the E4M3 scale of every block as FP32."""
+    encode, scales = block_scales(tile_amax(tiles), amax)
+    return tiles * encode, scales
+
+
+def block_scales(peaks: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """What the elements of every block are multiplied with, and its E4M3 scale, both FP32.
+
+    Args:
+        peaks: FP32, the largest magnitude of every block.
+        amax: FP32, the largest magnitude of the tensor; broadcast against `peaks`.
+    """
     # torch.div of tensors: a division by or of a Python number may become a multiplication.
     largest = torch.full_like(amax, LARGEST)
     global_encode = torch.div(largest, amax).clamp(max=FP32_MAX)
@@ -125,11 +136,10 @@ def _scale(tiles: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
     global_encode = torch.where(unusable, torch.ones_like(amax), global_encode)
     global_decode = torch.div(torch.ones_like(amax), global_encode)
     sixth = torch.full_like(amax, 1 / E2M1.max)
-    wanted = (tile_amax(tiles) * (global_encode * sixth)).clamp(max=FP32_MAX)
+    wanted = (peaks * (global_encode * sixth)).clamp(max=FP32_MAX)
     scales = round_nearest(wanted, E4M3)
     block_decode = scales * global_decode
-    block_encode = torch.div(torch.ones_like(block_decode), block_decode).clamp(max=FP32_MAX)
-    return tiles * block_encode, scales
+    return torch.div(torch.ones_like(block_decode), block_decode).clamp(max=FP32_MAX), scales
 
 
 def _pack(values: Tensor, scaled: Tensor) -> Tensor:

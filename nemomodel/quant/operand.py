@@ -119,8 +119,8 @@ def quantize_operand(
     """Quantise a matrix for one product. Padding to whole blocks is cut off again, but for rows
     that a transform mixes: there M is rounded up to a multiple of 16.
 
-    On a GPU by Triton, on a CPU by C++ where it has a compiler, else in plain PyTorch: the same
-    bits.
+    On a GPU by Triton, on a CPU by torch.compile where the matrix is large and there is a
+    compiler, else in plain PyTorch: the same bits.
 
     Args:
         x_MK: BF16 or FP32; values have its dtype.
