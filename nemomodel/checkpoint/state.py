@@ -1,6 +1,7 @@
 """What a checkpoint holds of a running training, and how it is put back."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nemomodel.checkpoint.files import check_shapes, read_tensors
+from nemomodel.model.quantize import Quantization
 from nemomodel.parallel import cpu
 from nemomodel.parallel.mcore import Ranks, global_sum
 from nemomodel.parallel.shard import Shard, is_expert, shard_of
@@ -34,9 +36,17 @@ OptimizerState = dict[int, dict[str, ShardedTensor]]
 class Engine:
     """The parts of a training whose state a checkpoint holds."""
 
-    ddp: DistributedDataParallel
+    chunks: Sequence[DistributedDataParallel]
+    """The model, or this rank's stages of a pipeline in their order."""
     optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
+    quantization: Quantization | None = None
+
+    @property
+    def ddp(self) -> DistributedDataParallel:
+        """The only chunk."""
+        (ddp,) = self.chunks
+        return ddp
 
     def counters(self) -> dict[str, int]:
         return {
@@ -77,7 +87,8 @@ class Held(NamedTuple):
 
 def copy_shards(engine: Engine, ranks: Ranks) -> tuple[dict[str, Tensor], int]:
     """Host copies of the tensors that this rank writes, and the bytes of all ranks' together."""
-    _gather_weights(engine.ddp)
+    for chunk in engine.chunks:
+        _gather_weights(chunk)
     held, _ = _state(engine, is_loading=False)
     # True copies: training changes the weights while they are being written.
     copies = {
@@ -112,7 +123,9 @@ def _state(engine: Engine, *, is_loading: bool) -> tuple[dict[str, Held], list[O
         is_loading: the optimizers' tensors are empty, to be read into.
     """
     # `keep_vars`, because the optimizer finds its weights by identity.
-    tensors = engine.ddp.module.state_dict(keep_vars=True)
+    tensors: dict[str, Tensor] = {}
+    for chunk in engine.chunks:
+        tensors |= chunk.module.state_dict(keep_vars=True)
     held = {f"model.{n}": Held(t, shard_of(t), is_expert(t)) for n, t in tensors.items()}
     local = {key: ShardedTensor.from_rank_offsets(key, h.tensor) for key, h in held.items()}
     entries = [

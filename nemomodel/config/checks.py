@@ -35,6 +35,13 @@ def rank_problems(config: Config, world_size: int) -> Iterator[str]:
         yield from found
         return
     dp = world_size // (p.tp * p.pp * p.cp)
+    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * dp)
+    if p.vpp > 1 and micro_batches % p.pp:
+        yield (
+            f"parallel.vpp={p.vpp}: the {micro_batches} micro-batches of a rank are not divisible "
+            f"by parallel.pp={p.pp}, which interleaving needs; use another "
+            "train.global_batch_size or train.micro_batch_size, or parallel.vpp=1"
+        )
     per_pass = config.train.micro_batch_size * dp
     if config.train.global_batch_size % per_pass:
         yield (

@@ -129,7 +129,10 @@ def _dispatcher(config: Config) -> Iterator[str]:
 
 
 def _stages(config: Config) -> Iterator[str]:
-    pattern, pp = config.model.layer_pattern, config.parallel.pp
+    p, pattern = config.parallel, config.model.layer_pattern
+    name, number = ("pp*vpp", p.pp * p.vpp) if p.vpp > 1 else ("pp", p.pp)
+    if p.vpp > 1 and p.pp == 1:
+        yield f"parallel.vpp={p.vpp} has no effect with parallel.pp=1; use 1"
     if config.model.mtp and CUT in config.model.mtp.layer_pattern:
         yield (
             f"model.mtp.layer_pattern={config.model.mtp.layer_pattern!r}: MTP is on the last "
@@ -139,15 +142,15 @@ def _stages(config: Config) -> Iterator[str]:
         stages = pattern.split(CUT)
         if not all(stages):
             yield f"model.layer_pattern={pattern!r}: a pipeline stage is empty; remove a {CUT}"
-        elif len(stages) != pp:
+        elif len(stages) != number:
             yield (
-                f"model.layer_pattern={pattern!r} has {len(stages)} pipeline stages, parallel.pp="
-                f"{pp}; use parallel.pp={len(stages)}, or another number of {CUT}"
+                f"model.layer_pattern={pattern!r} has {len(stages)} pipeline stages, parallel."
+                f"{name}={number}; use parallel.{name}={len(stages)}, or another number of {CUT}"
             )
-    elif pp > len(pattern):
+    elif number > len(pattern):
         yield (
-            f"parallel.pp={pp} is more than the {len(pattern)} blocks of model.layer_pattern; "
-            f"use at most {len(pattern)}"
+            f"parallel.{name}={number} is more than the {len(pattern)} blocks of "
+            f"model.layer_pattern; use at most {len(pattern)}"
         )
 
 

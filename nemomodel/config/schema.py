@@ -159,7 +159,9 @@ class ParallelConfig:
     tp: Count = 1
     """Tensor-parallel ranks."""
     pp: Count = 1
-    """Pipeline stages."""
+    """Pipeline-parallel ranks."""
+    vpp: Count = 1
+    """Pipeline stages of each rank: more than one interleaves them, for a smaller bubble."""
     cp: Count = 1
     """Context-parallel ranks."""
     ep: Count = 1

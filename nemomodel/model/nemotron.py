@@ -101,7 +101,6 @@ class Nemotron(nn.Module):
     ):
         super().__init__()
         self.config, self.mesh = config, mesh
-        self.quantization = None  # see quantize.py
         self.stage = stage or Stage(range(len(config.layers)), len(config.layers))
         V, D = config.vocab_size, config.hidden_size
         self.embedding = self.final_norm = self.lm_head = self.mtp = None

@@ -16,7 +16,7 @@ from nemomodel.model.layers import Linear
 from nemomodel.model.moe import Experts
 from nemomodel.model.nemotron import Nemotron
 from nemomodel.model.shares import first_expert, shares
-from nemomodel.quant.linear import LinearFormat, QuantizedLinear
+from nemomodel.quant.linear import LinearFormat, QuantizedLinear, first_not_finite
 from nemomodel.quant.passes import Pass
 from nemomodel.quant.recipe import FORMATS
 from nemomodel.quant.statistics import Observer
@@ -64,7 +64,7 @@ class Slot(NamedTuple):
 
 
 class Quantization:
-    """The quantised layers of a model; which they are changes with the phases of its run.
+    """The quantised layers of a model, or of stages of one, in every phase of its run.
 
     Args:
         phases: in order; the first one holds from the start.
@@ -73,7 +73,7 @@ class Quantization:
 
     def __init__(
         self,
-        model: Nemotron,
+        models: Sequence[Nemotron],
         phases: Sequence[Phase],
         *,
         seed: int,
@@ -83,13 +83,14 @@ class Quantization:
         """By name, in the phase of the last `begin`."""
         self.observer: Observer | None = None
         """Given to every layer by `begin`; None observes nothing."""
-        self._config, self._slots = model.config, list(_slots(model))
+        self._config = models[0].config
+        self._slots = [slot for model in models for slot in _slots(model)]
         self.roles = {slot.name: slot.place.role for slot in self._slots}
         """Of every linear layer of this rank, quantised or not."""
-        self._mesh, self.at = model.mesh, Pass()
+        self._mesh, self.at = models[0].mesh, Pass()
         """The forward pass that all layers are in."""
         self._phases, self._seed, self._executor = tuple(phases), seed, executor
-        for module in model.modules():
+        for module in (module for model in models for module in model.modules()):
             if isinstance(module, Block):
                 module.at = self.at
         self._enter(self._phases[0])
@@ -101,6 +102,10 @@ class Quantization:
     def begin_validation(self, step: int) -> None:
         """Call before a validation after `step`: in its phase, with the weights it has made."""
         self._begin(self.phase(step), step + 1, 0, 1)
+
+    def first_not_finite(self) -> str | None:
+        """The first layer and operand of this step with infinities or NaN; see quant/linear.py."""
+        return first_not_finite(self.layers.values())
 
     def phase(self, step: int) -> Phase:
         """The one a step is in, whatever step was last."""

@@ -9,13 +9,13 @@ from nemomodel.parallel.stage import Stage
 
 
 def cut_stages(config: Config) -> list[Stage]:
-    """One stage per pipeline rank: at the `|` of the pattern, or else so that the FLOPs of the
-    busiest stage, head and MTP among them, are as few as possible."""
+    """pp * vpp stages: at the `|` of the pattern, or else so that the FLOPs of the busiest stage,
+    head and MTP among them, are as few as possible. Rank r has stages r, r + pp, .."""
     pattern, num_blocks = config.model.layer_pattern, len(config.model.layers)
     if CUT in pattern:
         borders = [0, *accumulate(len(part) for part in pattern.split(CUT))]
     else:
-        borders = _balanced(*block_flops(config), config.parallel.pp)
+        borders = _balanced(*block_flops(config), config.parallel.pp * config.parallel.vpp)
     return [Stage(range(a, b), num_blocks) for a, b in pairwise(borders)]
 
 

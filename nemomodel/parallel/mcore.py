@@ -3,13 +3,13 @@
 The only module that turns a `Config` into megatron-core objects. One optimizer step is
 
     ranks = start_ranks(config)
-    ddp = wrap_ddp(model, config, ranks)        # sums gradients over data-parallel ranks
-    optimizer = build_optimizer(ddp, config, ranks)
+    chunks = [wrap_ddp(model, config, ranks)]   # sums gradients over data-parallel ranks
+    optimizer = build_optimizer(chunks, config, ranks)
     scheduler = build_scheduler(optimizer, config)
 
-    ddp.zero_grad_buffer()
-    run_micro_batches(ddp, forward, number, ...)    # pipeline.py
-    finish_gradients(ddp, ranks)
+    chunk.zero_grad_buffer()                        # each
+    run_micro_batches(chunks, forward, number, ...) # pipeline.py
+    finish_gradients(chunks, ranks)
     grad_norm = step_optimizer(optimizer)       # not finite: nothing was changed
     scheduler.step(1)
 
@@ -17,10 +17,9 @@ Losses are divided by the token counts of the whole global batch (`global_sum`),
 are summed over ranks and micro-batches and never scaled.
 """
 
-import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +30,6 @@ from nemomodel.config.load import ConfigError
 from nemomodel.config.schema import Config
 from nemomodel.parallel import cpu, flex_dispatch
 from nemomodel.parallel.mesh import Axis, Mesh
-from nemomodel.parallel.shard import is_expert
 
 cpu.install()  # before the first import of megatron
 
@@ -40,11 +38,7 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
 )
-from megatron.core.optimizer import OptimizerConfig  # noqa: E402
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
-from megatron.core.optimizer.optimizer import ChainedOptimizer  # noqa: E402
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
@@ -101,6 +95,7 @@ def start_ranks(config: Config) -> Ranks:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=p.tp,
         pipeline_model_parallel_size=p.pp,
+        virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
         context_parallel_size=p.cp,
         expert_model_parallel_size=p.ep,
         expert_tensor_parallel_size=p.etp,
@@ -164,6 +159,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         num_attention_heads=attention.num_heads if attention else 1,
         tensor_model_parallel_size=p.tp,
         pipeline_model_parallel_size=p.pp,
+        virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
+        # Two messages between the same two ranks in one batch arrive in the wrong order with gloo.
+        batch_p2p_comm=p.vpp == 1,
         context_parallel_size=p.cp,
         expert_tensor_parallel_size=p.etp,
         sequence_parallel=p.tp > 1,
@@ -219,145 +217,18 @@ def wrap_ddp(model: nn.Module, config: Config, ranks: Ranks) -> DistributedDataP
     return ddp
 
 
-def param_groups(model: nn.Module, config: Config, *, experts: bool) -> list[dict[str, Any]]:
-    """Matrices, embeddings and convolutions decay; vectors (norms, biases, A_log, D) do not.
-
-    A group holds one dtype: in a mixed one megatron-core 0.19.2 sorts the FP32 parameters first
-    and then looks up the state of the others in the old order, silently where sizes agree.
-
-    Args:
-        experts: the parameters of experts, or all others.
-    """
-    groups: dict[tuple[float, torch.dtype], list[nn.Parameter]] = {}
-    for param in model.parameters():
-        if param.requires_grad and is_expert(param) == experts:
-            wd_mult = 1.0 if param.ndim > 1 else 0.0
-            groups.setdefault((wd_mult, param.dtype), []).append(param)
-    return [
-        {
-            "params": params,
-            "wd_mult": wd_mult,
-            "weight_decay": config.optim.weight_decay * wd_mult,
-            "is_expert_parallel": experts,
-        }
-        for (wd_mult, _), params in groups.items()
-    ]
-
-
-def build_optimizer(ddp: DistributedDataParallel, config: Config, ranks: Ranks) -> ChainedOptimizer:
-    """AdamW with FP32 weights and moments, sharded over the ranks that hold the same weights.
-
-    Those are fewer for experts, which so have an optimizer of their own.
-    """
-    optimizers = [_optimizer(ddp, config, ranks, experts=False)]
-    if ddp.expert_parallel_buffers:
-        optimizers.append(_optimizer(ddp, config, ranks, experts=True))
-    return ChainedOptimizer(optimizers)
-
-
-def _optimizer(
-    ddp: DistributedDataParallel, config: Config, ranks: Ranks, *, experts: bool
-) -> DistributedOptimizer:
-    optim, bf16, groups = config.optim, config.precision.weights == "bf16", ranks.groups
-    inner = torch.optim.AdamW(
-        param_groups(ddp.module, config, experts=experts),
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        fused=True,
-    )
-    optimizer = DistributedOptimizer(
-        inner,
-        OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            min_lr=optim.min_lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.beta1,
-            adam_beta2=optim.beta2,
-            adam_eps=optim.eps,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=True,
-            overlap_param_gather=config.parallel.overlap_param_gather,
-            # An infinite limit clips nothing and still measures the norm.
-            clip_grad=math.inf if optim.grad_clip is None else optim.grad_clip,
-        ),
-        None,
-        None,
-        model_chunks=[ddp],
-        per_model_buffers={0: ddp.expert_parallel_buffers if experts else ddp.buffers},
-        data_parallel_group=ddp.intra_expt_dp_group if experts else ddp.intra_dp_cp_group,
-        data_parallel_group_gloo=None,
-        data_parallel_group_idx=(groups.tp_ep_pp if experts else groups.mp).rank(),
-        distributed_optimizer_instance_id=0,
-    )
-    optimizer.grad_stats_parallel_group = groups.intra_dist_opt
-    optimizer.tp_group = groups.tp
-    optimizer.expert_tp_group = groups.expt_tp
-    # torch creates this lazily in the first step; a checkpoint needs it before, and its shape
-    # is what a loaded state is copied into.
-    for group in inner.param_groups:
-        for shard in group["params"]:
-            inner.state[shard] = {
-                "step": torch.zeros((), dtype=torch.float32, device=shard.device),
-                "exp_avg": torch.zeros_like(shard),
-                "exp_avg_sq": torch.zeros_like(shard),
-            }
-    return optimizer
-
-
-def finish_gradients(ddp: DistributedDataParallel, ranks: Ranks) -> None:
+def finish_gradients(chunks: Sequence[DistributedDataParallel], ranks: Ranks) -> None:
     """Sum the gradients over the ranks that hold the same weights and saw other tokens."""
-    ddp.finish_grad_sync()
+    for chunk in chunks:
+        chunk.finish_grad_sync()
     if ranks.mesh.tp.size == 1:
         return
-    alike = [p.main_grad for p in ddp.module.parameters() if p.sequence_parallel]
+    params = (param for chunk in chunks for param in chunk.module.parameters())
+    alike = [param.main_grad for param in params if param.sequence_parallel]
     flat = torch.cat([grad.flatten() for grad in alike])
     dist.all_reduce(flat, group=ranks.groups.tp)
     for grad, summed in zip(alike, flat.split([g.numel() for g in alike]), strict=True):
         grad.copy_(summed.view_as(grad))
-
-
-def step_optimizer(optimizer: ChainedOptimizer) -> float:
-    """Clip the reduced gradients, update the weights, return the norm before clipping.
-
-    Where the norm is not finite, nothing has been updated: the caller decides what to do.
-    """
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    if math.isfinite(grad_norm):
-        for part in optimizer.chained_optimizers:
-            clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, grad_norm)
-        optimizer.step_with_ready_grads()
-    optimizer.zero_grad(set_to_none=True)
-    return grad_norm
-
-
-def build_scheduler(optimizer: ChainedOptimizer, config: Config) -> OptimizerParamScheduler:
-    """Learning rate in units of optimizer steps; update n, counted from 1, uses its value at n.
-
-    Linear warm-up, then `wsd` (stable, then decay by one minus the square root), `cosine` or
-    `constant`. The caller steps it by 1 after every update.
-    """
-    optim, schedule, steps = config.optim, config.schedule, config.train.steps
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=optim.lr,
-        min_lr=optim.min_lr,
-        lr_warmup_steps=schedule.warmup_steps,
-        lr_decay_steps=steps,
-        lr_decay_style={"wsd": "WSD", "cosine": "cosine", "constant": "constant"}[schedule.kind],
-        start_wd=optim.weight_decay,
-        end_wd=optim.weight_decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-        wsd_decay_steps=schedule.decay_steps,
-        lr_wsd_decay_style="minus_sqrt",
-    )
-    scheduler.step(1)  # megatron-core counts from 0, and would spend the first update at 0
-    return scheduler
 
 
 def _device(config: Config, local_rank: int) -> torch.device:

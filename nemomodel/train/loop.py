@@ -30,14 +30,8 @@ from nemomodel.observe.logs import setup_logging
 from nemomodel.observe.peak import Peak, peak_flops
 from nemomodel.observe.sinks import Sink, check_backends, open_sinks, write_metrics
 from nemomodel.ops import backend
-from nemomodel.parallel.mcore import (
-    Ranks,
-    build_optimizer,
-    build_scheduler,
-    start_ranks,
-    stop_ranks,
-    wrap_ddp,
-)
+from nemomodel.parallel.mcore import Ranks, start_ranks, stop_ranks, wrap_ddp
+from nemomodel.parallel.optimizer import build_optimizer, build_scheduler
 from nemomodel.quant.selftest import self_test, self_test_layers
 from nemomodel.quant.statistics import Observer
 from nemomodel.quant.transformer_engine_recipe import require
@@ -96,7 +90,7 @@ def _run(config: Config, ranks: Ranks, data: TokenData, request: StopRequest) ->
         )
     # Measured on a CPU, so once: the log names the number that MFU is computed with.
     peak = peak_flops(ranks.device, DTYPES[config.precision.weights])
-    _announce(config, ranks, data, progress, peak, engine.ddp.module.quantization)
+    _announce(config, ranks, data, progress, peak, engine.quantization)
     sinks = open_sinks(
         config.observe,
         Path(config.run.dir),
@@ -115,7 +109,8 @@ def _run(config: Config, ranks: Ranks, data: TokenData, request: StopRequest) ->
 def _start(config: Config, ranks: Ranks, engine: Engine) -> Progress:
     """Before the first step: with initial weights, or those of another run or model."""
     if source := config.checkpoint.init_from:
-        log.info("weights from %s", load_weights(source, engine.ddp.module))
+        for chunk in engine.chunks:
+            log.info("weights from %s", load_weights(source, chunk.module))
         engine.optimizer.reload_model_params()  # its FP32 copies
         if ranks.rank == 0:
             carry_over(source, Path(config.run.dir))
@@ -125,23 +120,27 @@ def _start(config: Config, ranks: Ranks, engine: Engine) -> Progress:
 def build_engine(config: Config, ranks: Ranks) -> Engine:
     """The model with initial weights, data parallel, and its optimizer and schedule."""
     with ranks.device:
-        model = Nemotron(
-            config.model,
-            dtype=DTYPES[config.precision.weights],
-            recompute=frozenset(LayerKind[name.upper()] for name in config.train.recompute),
-            mesh=ranks.mesh,
-            stage=cut_stages(config)[ranks.mesh.pp.rank],
-        )
-    initialize(model, seed=config.run.seed)
+        models = [
+            Nemotron(
+                config.model,
+                dtype=DTYPES[config.precision.weights],
+                recompute=frozenset(LayerKind[name.upper()] for name in config.train.recompute),
+                mesh=ranks.mesh,
+                stage=stage,
+            )
+            for stage in cut_stages(config)[ranks.mesh.pp.rank :: ranks.mesh.pp.size]
+        ]
+    for model in models:
+        initialize(model, seed=config.run.seed)
     try:
-        model.quantization = Quantization(
-            model, phases(config), seed=config.run.seed, executor=config.precision.executor
+        quantization = Quantization(
+            models, phases(config), seed=config.run.seed, executor=config.precision.executor
         )
     except ValueError as error:
         raise ConfigError(f"parallel: {error}") from None
-    ddp = wrap_ddp(model, config, ranks)
-    optimizer = build_optimizer(ddp, config, ranks)
-    return Engine(ddp, optimizer, build_scheduler(optimizer, config))
+    chunks = [wrap_ddp(model, config, ranks) for model in models]
+    optimizer = build_optimizer(chunks, config, ranks)
+    return Engine(chunks, optimizer, build_scheduler(optimizer, config), quantization)
 
 
 def _train(
@@ -167,7 +166,7 @@ def _train(
         peak_flops=peak.flops * ranks.world_size,
         device=ranks.device,
     )
-    quantization = engine.ddp.module.quantization
+    quantization = engine.quantization
     sampling = config.observe.quantization_interval
     observer = Observer(quantization.roles, ranks.device) if sampling else None
     saved = progress.step

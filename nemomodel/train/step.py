@@ -8,9 +8,10 @@ from torch import Tensor
 
 from nemomodel.checkpoint.state import Engine
 from nemomodel.data.batch import MicroBatch
-from nemomodel.model.nemotron import Losses, router_names
+from nemomodel.model.nemotron import Losses, Nemotron, router_names
 from nemomodel.ops.documents import Documents
-from nemomodel.parallel.mcore import Ranks, finish_gradients, global_sum, step_optimizer
+from nemomodel.parallel.mcore import Ranks, finish_gradients, global_sum
+from nemomodel.parallel.optimizer import step_optimizer
 from nemomodel.parallel.pipeline import run_micro_batches
 from nemomodel.train.faults import NotFiniteError
 
@@ -40,7 +41,7 @@ def count_targets(
 
     Known before the forward pass, so every micro-batch is divided by global counts at once.
     """
-    model = engine.ddp.module
+    model: Nemotron = engine.chunks[0].module
     local = sum(model.num_targets(b.loss_mask_BS, b.documents) for b in batches)
     # The wish to stop travels along: ranks agree on it without a message of its own.
     totals = global_sum(torch.cat([local * ranks.counts, local.new_tensor([float(stop)])]))
@@ -56,16 +57,16 @@ def forward_backward(
     num_sequences: int,
     step: int,
 ) -> Losses:
-    """Accumulate the gradient of the global loss; returns the sums over this rank's batches."""
-    ddp = engine.ddp
-    model = ddp.module
+    """Accumulate the gradient of the global loss; returns the sums over this rank's batches, with
+    the counts of all routers of the whole model."""
+    models: list[Nemotron] = [chunk.module for chunk in engine.chunks]
     first = ranks.dp_rank * len(batches)
     results: list[Losses] = []
 
-    def forward(i: int, received: Tensor | None) -> Tensor:
+    def forward(chunk: int, i: int, received: Tensor | None) -> Tensor:
         batch = batches[i]
-        model.quantization.begin(step, first + i, per_rank=len(batches))
-        losses = model.losses(
+        engine.quantization.begin(step, first + i, per_rank=len(batches))
+        losses = models[chunk].losses(
             batch.ids_BS,
             batch.labels_BS,
             batch.loss_mask_BS,
@@ -74,14 +75,25 @@ def forward_backward(
             num_sequences=num_sequences,
             received=received,
         )
-        results.append(Losses(losses.total.new_zeros(()), *(t.detach() for t in losses[1:])))
+        results.append(_detached(losses, models[chunk]))
         return losses.total
 
-    ddp.zero_grad_buffer()
-    shape = model.sent_shape(*batches[0].ids_BS.shape)
-    run_micro_batches(ddp, forward, len(batches), groups=ranks.groups, shape=shape)
-    finish_gradients(ddp, ranks)
+    for ddp in engine.chunks:
+        ddp.zero_grad_buffer()
+    shape = models[0].sent_shape(*batches[0].ids_BS.shape)
+    run_micro_batches(engine.chunks, forward, len(batches), groups=ranks.groups, shape=shape)
+    finish_gradients(engine.chunks, ranks)
     return Losses(*(torch.stack(parts).sum(0) for parts in zip(*results, strict=True)))
+
+
+def _detached(losses: Losses, model: Nemotron) -> Losses:
+    """Without what leads back, and with counts of 0 for the routers of other stages."""
+    names, moe = router_names(model.config), model.config.moe
+    count = losses.count.new_zeros(len(names), moe.num_experts if moe else 0)
+    for name, count_E in zip(model.routers(), losses.count, strict=True):
+        count[names.index(name)] = count_E
+    zero = losses.total.new_zeros(())
+    return Losses(zero, losses.cross_entropy.detach(), losses.balance, count)
 
 
 def update(losses: Losses, engine: Engine, *, step: int) -> tuple[float, Tensor]:
@@ -93,17 +105,17 @@ def update(losses: Losses, engine: Engine, *, step: int) -> tuple[float, Tensor]
     """
     grad_norm = step_optimizer(engine.optimizer)
     if not math.isfinite(grad_norm):
+        operand = engine.quantization.first_not_finite()
+        where = f" (first in {operand} of a quantised layer)" if operand else ""
         raise NotFiniteError(
-            f"step {step}: gradient norm is {grad_norm}; the weights were not updated. "
+            f"step {step}: gradient norm is {grad_norm}{where}; the weights were not updated. "
             "Resume from the last checkpoint with a lower optim.lr or other data"
         )
     engine.scheduler.step(1)
-    model = engine.ddp.module
-    names, routers, moe = router_names(model.config), model.routers(), model.config.moe
-    count = losses.count.new_zeros(len(names), moe.num_experts if moe else 0)
-    for name, count_E in zip(routers, losses.count, strict=True):
-        count[names.index(name)] = count_E
-    global_sum(count)
-    for name, router in routers.items():
-        router.update_bias(count[names.index(name)])
+    count = global_sum(losses.count)
+    for chunk in engine.chunks:
+        model: Nemotron = chunk.module
+        names = router_names(model.config)
+        for name, router in model.routers().items():
+            router.update_bias(count[names.index(name)])
     return grad_norm, count

@@ -23,14 +23,14 @@ def validate(
         batches: this rank's part; all ranks have equally many.
         token_bytes: [V] UTF-8 bytes of each token, on the CPU.
     """
-    model: Nemotron = engine.ddp.module
+    models: list[Nemotron] = [chunk.module for chunk in engine.chunks]
     on_device = [DeviceBatch.of(batch, ranks.device) for batch in batches]
     sums = []
 
-    def forward(i: int, received: Tensor | None) -> Tensor:
+    def forward(chunk: int, i: int, received: Tensor | None) -> Tensor:
         b = on_device[i]
-        num_targets = model.num_targets(b.loss_mask_BS, b.documents)
-        losses = model.losses(
+        num_targets = models[0].num_targets(b.loss_mask_BS, b.documents)
+        losses = models[chunk].losses(
             b.ids_BS,
             b.labels_BS,
             b.loss_mask_BS,
@@ -40,15 +40,15 @@ def validate(
             received=received,
         )
         num_bytes = num_targets.new_tensor([batches[i].num_bytes(token_bytes)])
-        counts = torch.cat([num_targets, num_bytes]) * ranks.counts
+        counts = torch.cat([num_targets, num_bytes]) * (ranks.counts and models[chunk].stage.last)
         # Every tp rank has the same cross-entropy.
         cross_entropy = losses.cross_entropy.double() * (ranks.mesh.tp.rank == 0)
         sums.append(torch.cat([cross_entropy, counts]))
         return losses.total
 
-    shape = model.sent_shape(*batches[0].ids_BS.shape)
+    shape = models[0].sent_shape(*batches[0].ids_BS.shape)
     run_micro_batches(
-        engine.ddp, forward, len(batches), groups=ranks.groups, shape=shape, backward=False
+        engine.chunks, forward, len(batches), groups=ranks.groups, shape=shape, backward=False
     )
     totals = global_sum(torch.stack(sums).sum(0)).tolist()
     heads = len(totals) // 2

@@ -11,20 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nemomodel.checkpoint.state import Engine
 from nemomodel.config.load import ConfigError, load_config
 from nemomodel.config.schema import Config
 from nemomodel.ops.wgrad import deliver_grad
 from nemomodel.parallel.mcore import (
     Ranks,
-    build_optimizer,
-    build_scheduler,
     global_sum,
     start_ranks,
-    step_optimizer,
     stop_ranks,
     transformer_config,
     wrap_ddp,
 )
+from nemomodel.parallel.optimizer import build_optimizer, build_scheduler, step_optimizer
 from tests.close import assert_close
 from tests.oracles.schedule import lr_oracle
 from tests.ranks.gradients import own_part
@@ -88,8 +87,13 @@ def build(config: Config, ranks: Ranks) -> tuple[Any, Any, Any]:
     torch.manual_seed(7)
     dtype = torch.bfloat16 if config.precision.recipe == "bf16" else torch.float32
     ddp = wrap_ddp(Mlp(dtype), config, ranks)
-    optimizer = build_optimizer(ddp, config, ranks)
+    optimizer = build_optimizer([ddp], config, ranks)
     return ddp, optimizer, build_scheduler(optimizer, config)
+
+
+def make_engine(config: Config, ranks: Ranks) -> Engine:
+    ddp, optimizer, scheduler = build(config, ranks)
+    return Engine([ddp], optimizer, scheduler)
 
 
 def backward(ddp: Any, ranks: Ranks, step: int) -> float:

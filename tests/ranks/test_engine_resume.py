@@ -15,13 +15,13 @@ from nemomodel.checkpoint.checkpoints import CheckpointError, Checkpoints, Progr
 from nemomodel.checkpoint.state import Engine
 from nemomodel.checkpoint.weights import load_weights
 from nemomodel.parallel.mcore import start_ranks, stop_ranks
-from tests.ranks.test_engine import OVERLAP, Mlp, build, make_config, train
+from tests.ranks.test_engine import OVERLAP, Mlp, make_config, make_engine, train
 
 
 def _start(path: Path, *overrides: str) -> tuple[Any, Engine, Checkpoints]:
     config = make_config(f"run.dir={path / 'run'}", *overrides)
     ranks = start_ranks(config)
-    engine = Engine(*build(config, ranks))
+    engine = make_engine(config, ranks)
     return ranks, engine, Checkpoints(config, ranks, engine)
 
 

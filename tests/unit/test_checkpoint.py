@@ -22,13 +22,12 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from nemomodel.checkpoint.checkpoints import CheckpointError, Checkpoints, Progress
 from nemomodel.checkpoint.files import SafeReader
-from nemomodel.checkpoint.state import Engine
 from nemomodel.checkpoint.weights import load_weights, read_config
 from nemomodel.config.load import parse_config
 from nemomodel.config.schema import Config
 from nemomodel.parallel.mcore import Ranks, start_ranks, stop_ranks
 from tests.conftest import fork_safely
-from tests.ranks.test_engine import Mlp, build, make_config, train
+from tests.ranks.test_engine import Mlp, make_config, make_engine, train
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ class Run:
     def __init__(self, path: Path, *overrides: str) -> None:
         self.config = make_config(f"run.dir={path / 'run'}", *overrides)
         self.ranks = start_ranks(self.config)
-        self.engine = Engine(*build(self.config, self.ranks))
+        self.engine = make_engine(self.config, self.ranks)
         self.checkpoints = Checkpoints(self.config, self.ranks, self.engine)
         self.root = path / "run/checkpoints"
 

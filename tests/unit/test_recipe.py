@@ -33,7 +33,7 @@ def load(name: str, *overrides: str) -> Config:
 def build(config: Config) -> tuple[Nemotron, Quantization]:
     with torch.device("meta"):
         model = Nemotron(config.model, dtype=torch.bfloat16)
-    return model, Quantization(model, phases(config), seed=0)
+    return model, Quantization([model], phases(config), seed=0)
 
 
 def operands(format: LinearFormat) -> dict[str, OperandFormat | None]:

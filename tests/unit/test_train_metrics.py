@@ -21,7 +21,8 @@ from nemomodel.data.indexed import IndexedWriter
 from nemomodel.data.tokenizer import load_tokenizer, train_tokenizer
 from nemomodel.model.nemotron import Nemotron
 from nemomodel.ops.documents import Documents
-from nemomodel.parallel.mcore import start_ranks, step_optimizer, stop_ranks
+from nemomodel.parallel.mcore import start_ranks, stop_ranks
+from nemomodel.parallel.optimizer import step_optimizer
 from nemomodel.train.loop import build_engine
 from tests.oracles.schedule import lr_oracle
 from tests.ranks.test_train import VOCAB, Result, backward, make_config, run_to_end
