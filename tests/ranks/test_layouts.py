@@ -77,11 +77,16 @@ def one_rank_run(path: Path, *overrides: str) -> Path:
 def run_forked(fn: Callable[..., None], *args: object) -> None:
     """As `run_ranks` of one rank, for fixtures that live longer."""
     gc.collect()
-    process = mp.get_context("fork").Process(target=fn, args=args)
+    process = mp.get_context("fork").Process(target=_on_one_thread, args=(fn, *args))
     with fork_safely():
         process.start()
     process.join()
     assert process.exitcode == 0
+
+
+def _on_one_thread(fn: Callable[..., None], *args: object) -> None:
+    torch.set_num_threads(1)  # a fork does not copy the threads of its parent
+    fn(*args)
 
 
 def assert_same_records(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
