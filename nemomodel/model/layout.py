@@ -20,7 +20,7 @@ def describe_layout(config: Config, ranks: int) -> dict[str, Any]:
         ranks: of the whole run; `config.checks.rank_problems` finds nothing wrong with it.
     """
     portion, p = Portion(config, ranks), config.parallel
-    stages = [_stage(portion, i, stage) for i, stage in enumerate(portion.stages)]
+    rows = [_pipeline_rank(portion, rank) for rank in range(p.pp)]
     m = portion.micro_batches
     return {
         "ranks": ranks,
@@ -29,15 +29,15 @@ def describe_layout(config: Config, ranks: int) -> dict[str, Any]:
         | {axis: portion.degree(axis) for axis in ("ep", "etp", "expert_dp")},
         "micro_batches": m,
         "tokens_per_micro_batch": portion.tokens,
-        # Of the time of a step, on stages that take equally long (1F1B).
-        "bubble_share": (p.pp - 1) / (m + p.pp - 1),
+        # Of the time of a step, on stages that take equally long.
+        "bubble_share": (p.pp - 1) / (m * p.vpp + p.pp - 1),
         "largest": {
-            "parameters": max(row["parameters"]["total"] for row in stages),
-            "memory_bytes": max(row["memory_bytes"]["total"] for row in stages),
-            "flops_share": max(row["flops_share"] for row in stages),
-            "communication_bytes": max(_total(row["communication_bytes"]) for row in stages),
+            "parameters": max(row["parameters"]["total"] for row in rows),
+            "memory_bytes": max(row["memory_bytes"]["total"] for row in rows),
+            "flops_share": max(row["flops_share"] for row in rows),
+            "communication_bytes": max(_total(row["communication_bytes"]) for row in rows),
         },
-        "stages": stages,
+        "pipeline_ranks": rows,
     }
 
 
@@ -119,35 +119,58 @@ def _moe_bytes(portion: Portion) -> int:
     return own + latent + router + shared + experts
 
 
-def _stage(portion: Portion, index: int, stage: Stage) -> dict[str, Any]:
-    config = portion.config
-    parameters = list(portion.parameters(stage))
+def _pipeline_rank(portion: Portion, rank: int) -> dict[str, Any]:
+    config, stages = portion.config, portion.stages[rank]
+    parameters = [held for stage in stages for held in portion.parameters(stage)]
     dense = sum(p.elements for p in parameters if not p.expert)
     experts = sum(p.elements for p in parameters if p.expert)
     costs, after = block_flops(config)
-    flops = sum(costs[i] for i in stage.blocks) + after * stage.last
-    # 1F1B: a stage starts as many micro-batches as stages follow, and one more.
-    in_flight = min(portion.micro_batches, config.parallel.pp - index)
+    flops = sum(costs[i] for stage in stages for i in stage.blocks)
+    flops += after * any(stage.last for stage in stages)
+    in_flight = passes_in_flight(portion, rank)
     memory = {
         "weights": sum(p.elements * p.bytes_each for p in parameters),
         "gradients": FP32 * (dense + experts),
         **_optimizer_bytes(portion, dense, experts),
-        "activations": in_flight * activation_bytes(portion, stage),
-        "recomputed_block": _recomputed_bytes(portion, stage),
+        "activations": sum(
+            number * activation_bytes(portion, stage)
+            for number, stage in zip(in_flight, stages, strict=True)
+        ),
+        "recomputed_block": max(_recomputed_bytes(portion, stage) for stage in stages),
     }
-    traffic = step_traffic(portion, stage)
     return {
-        "first_block": stage.blocks.start,
-        "layer_pattern": config.model.letters[stage.blocks.start : stage.blocks.stop],
+        "stages": [
+            {
+                "first_block": stage.blocks.start,
+                "layer_pattern": config.model.letters[stage.blocks.start : stage.blocks.stop],
+                "micro_batches_in_flight": number,
+            }
+            for number, stage in zip(in_flight, stages, strict=True)
+        ],
         "flops_share": flops / (sum(costs) + after),
         "parameters": {"dense": dense, "experts": experts, "total": dense + experts},
-        "micro_batches_in_flight": in_flight,
         "memory_bytes": memory | {"total": sum(memory.values())},
         "communication_bytes": {
             axis: {purpose: round(size) for purpose, size in sizes.items()}
-            for axis, sizes in traffic.items()
+            for axis, sizes in step_traffic(portion, stages).items()
         },
     }
+
+
+def passes_in_flight(portion: Portion, rank: int) -> list[int]:
+    """Micro-batches of each stage of a pipeline rank that wait for their backward pass, at most.
+
+    1F1B: as many as stages follow, and one more. Interleaved, the passes of a rank go to its
+    stages in turns of pp, and twice as many start before the first comes back.
+    Source: core/pipeline_parallel/schedules.py of megatron-core 0.19.2.
+    """
+    p, m = portion.config.parallel, portion.micro_batches
+    behind = p.pp - rank - 1
+    if p.vpp == 1:
+        return [min(m, behind + 1)]
+    started = min(m * p.vpp, 2 * behind + (p.vpp - 1) * p.pp + 1)
+    stages = [i // p.pp % p.vpp for i in range(started)]
+    return [stages.count(stage) for stage in range(p.vpp)]
 
 
 def _optimizer_bytes(portion: Portion, dense: int, experts: int) -> dict[str, int]:

@@ -86,8 +86,10 @@ class Portion:
         return 1 + (self.config.model.mtp.num_depths if self.config.model.mtp else 0)
 
     @property
-    def stages(self) -> list[Stage]:
-        return cut_stages(self.config)
+    def stages(self) -> list[list[Stage]]:
+        """Of every pipeline rank."""
+        stages, p = cut_stages(self.config), self.config.parallel
+        return [stages[rank :: p.pp] for rank in range(p.pp)]
 
     def passes(self, stage: Stage) -> list[LayerKind]:
         """Every mixer that a micro-batch passes on a stage, those of all MTP depths included."""
@@ -118,7 +120,7 @@ class Portion:
         return attention is None or attention.num_kv_heads % self.config.parallel.tp == 0
 
     def parameters(self, stage: Stage) -> Iterator[Held]:
-        """Those of a rank of `stage`."""
+        """Those of `stage`."""
         p = self.config.parallel
         for name, shape in parameter_shapes(self.config.model).items():
             if not _is_on(stage, name):

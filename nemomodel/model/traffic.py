@@ -8,13 +8,15 @@ Among n ranks, with `size` the bytes of the whole, a rank sends
     point to point                size
 
 Routing is taken as even; over all ranks together what the dispatch hands in is the same for any
-routing. Left out: numbers of a few bytes, and what is exchanged at the start, in validation and
-to log. docs/parallelism.md has the formulas in one table.
+routing. The dispatcher is "alltoall": the fused ones send less. Left out: numbers of a few bytes,
+and what is exchanged at the start, in validation and to log. docs/parallelism.md has the formulas
+in one table.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from nemomodel.config.pattern import LayerKind
@@ -39,8 +41,8 @@ class Exchange(NamedTuple):
     """Whether recomputation repeats it: not what nothing kept for the backward pass follows."""
 
 
-def step_traffic(portion: Portion, stage: Stage) -> Traffic:
-    """Of a rank of `stage`, but for axes of one rank.
+def step_traffic(portion: Portion, stages: Sequence[Stage]) -> Traffic:
+    """Of a rank that has `stages`, but for axes of one rank.
 
     Axes: tp_cp is tp and cp together, dp the ranks that share weights (data parallel times cp),
     expert_dp those that share experts, all is every rank.
@@ -52,19 +54,20 @@ def step_traffic(portion: Portion, stage: Stage) -> Traffic:
         passes = 1 + exchange.backward + (exchange.again and recompute)
         sizes[exchange.axis, exchange.purpose] += times * passes * exchange.size
 
-    for kind in portion.passes(stage):
-        for exchange in _mixer(portion, kind):
-            add(exchange, portion.micro_batches, kind in recomputed)
-    for exchange in _ends(portion, stage):
-        add(exchange, portion.micro_batches, False)
-    for exchange in _per_step(portion, stage):
+    for stage in stages:
+        for kind in portion.passes(stage):
+            for exchange in _mixer(portion, kind):
+                add(exchange, portion.micro_batches, kind in recomputed)
+        for exchange in _ends(portion, stage):
+            add(exchange, portion.micro_batches, False)
+    for exchange in _per_step(portion, stages):
         add(exchange, 1, False)
 
     traffic: Traffic = {}
     for (axis, purpose), size in sizes.items():
         if (n := portion.degree(axis)) > 1 and size:
             traffic.setdefault(axis, {})[purpose] = size * (n - 1) / n
-    if neighbours := 2 - stage.first - stage.last:
+    if neighbours := sum(2 - stage.first - stage.last for stage in stages):
         size = portion.micro_batches * pipeline_bytes(portion) * neighbours
         traffic["pp"] = {"hidden states and embeddings": float(size)}
     return traffic
@@ -155,27 +158,29 @@ def _ends(portion: Portion, stage: Stage) -> Iterator[Exchange]:
         yield Exchange("tp", "cross-entropy", 2 * sums, backward=False)
 
 
-def _per_step(portion: Portion, stage: Stage) -> Iterator[Exchange]:
+def _per_step(portion: Portion, stages: Sequence[Stage]) -> Iterator[Exchange]:
     """Gradients, weights and counts."""
     load = sum(router_biases(portion.config.model).values())
     yield Exchange("all", "tokens per expert", 2 * load * INT64, backward=False)
     # And whether a rank wants to stop.
     yield Exchange("all", "targets", 2 * (portion.heads + 1) * FP64, backward=False)
-    parameters = list(portion.parameters(stage))
+    held = [list(portion.parameters(stage)) for stage in stages]
+    everything = list(chain.from_iterable(held))
+    uncut = sum(p.elements for p in everything if not p.cut and not p.expert)
+    yield Exchange("tp", "gradients of uncut parameters", 2 * uncut * FP32, backward=False)
     # Without overlap megatron-core 0.19.2 gathers all weights after each of its optimizers, and
     # experts have one of their own (core/optimizer/distrib_optimizer.py, step_with_ready_grads).
-    twice = any(p.expert for p in parameters) and not portion.config.parallel.overlap_param_gather
+    twice = any(p.expert for p in everything) and not portion.config.parallel.overlap_param_gather
     gathers = 2 if twice else 1
-    uncut = sum(p.elements for p in parameters if not p.cut and not p.expert)
-    yield Exchange("tp", "gradients of uncut parameters", 2 * uncut * FP32, backward=False)
-    for axis, expert in (("dp", False), ("expert_dp", True)):
-        for width in sorted({portion.width, FP32}):
-            buffer = buffer_elements(
-                [p.elements for p in parameters if (p.expert, p.bytes_each) == (expert, width)],
-                portion.degree(axis),
-            )
-            yield Exchange(axis, "gradients", buffer * FP32, backward=False)
-            yield Exchange(axis, "weights", gathers * buffer * width, backward=False)
+    for parameters in held:
+        for axis, expert in (("dp", False), ("expert_dp", True)):
+            for width in sorted({portion.width, FP32}):
+                buffer = buffer_elements(
+                    [p.elements for p in parameters if (p.expert, p.bytes_each) == (expert, width)],
+                    portion.degree(axis),
+                )
+                yield Exchange(axis, "gradients", buffer * FP32, backward=False)
+                yield Exchange(axis, "weights", gathers * buffer * width, backward=False)
 
 
 def _up(number: int, multiple: int) -> int:

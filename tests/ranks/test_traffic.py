@@ -28,7 +28,7 @@ from tests.ranks.test_layouts import LAYOUTS as ALL_LAYOUTS
 from tests.ranks.test_layouts import MODEL
 from tests.ranks.test_train import OVERLAP, VOCAB, make_config
 
-LAYOUTS = ALL_LAYOUTS | {"dp2": (2, "")}
+LAYOUTS = ALL_LAYOUTS | {"dp2": (2, ""), "pp2 vpp2 ep2": (4, "pp=2 vpp=2 ep=2")}
 RECOMPUTE = 'train.recompute=["mamba","attention","moe","mlp"]'
 
 
@@ -50,6 +50,9 @@ class Wire(TorchDispatchMode):
     def _count(self, name: str, args: Any) -> None:
         group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
         n = group.size()
+        if name in ("send", "recv_"):  # of pipelines alone, sometimes by the group of all ranks
+            self.sent["pp"] += _bytes(args[0]) * (name == "send")
+            return
         whole = {
             "allreduce_": lambda tensors, *_: 2 * _bytes(tensors),
             "_allgather_base_": lambda gathered, *_: _bytes(gathered),
@@ -58,8 +61,6 @@ class Wire(TorchDispatchMode):
             "allgather_into_tensor_coalesced_": lambda gathered, *_: _bytes(gathered),
             "reduce_scatter_tensor_coalesced_": lambda _, summed, *__: _bytes(summed),
             "alltoall_base_": lambda _, handed_in, *__: _bytes(handed_in),
-            "send": lambda tensors, *_: _bytes(tensors) * n // (n - 1),
-            "recv_": lambda *_: 0,
         }[name](*args)
         self.sent[group.group_name] += whole * (n - 1) / n
 
@@ -75,7 +76,6 @@ def _axes(ranks: Ranks) -> dict[str, str]:
         "tp": g.tp,
         "cp": g.cp,
         "tp_cp": g.tp_cp,
-        "pp": g.pp,
         "ep": g.ep,
         "etp": g.expt_tp,
         "dp": g.dp_cp,
@@ -85,7 +85,7 @@ def _axes(ranks: Ranks) -> dict[str, str]:
     }
     names = {group.group_name: axis for axis, group in groups.items()}
     assert len(names) == len(groups)
-    return names
+    return names | {"pp": "pp"}
 
 
 def _kept(model: Nemotron, batch: DeviceBatch, targets: torch.Tensor) -> int:
@@ -133,8 +133,8 @@ def _steps(config: Config, path: Path, number: int) -> None:
     axes = _axes(ranks)
     result = {
         "sent": {axes[name]: size for name, size in wire.sent.items()},
-        "kept": _kept(engine.ddp.module, batches[0], targets),
-        "stage": ranks.mesh.pp.rank,
+        "kept": [_kept(chunk.module, batches[0], targets) for chunk in engine.chunks],
+        "pipeline_rank": ranks.mesh.pp.rank,
     }
     (path / f"{ranks.rank}.json").write_text(json.dumps(result))
     stop_ranks()
@@ -144,8 +144,8 @@ class Run(NamedTuple):
     portion: Portion
     sent: dict[str, float]
     """Bytes of all ranks together in one step, by axis."""
-    kept: list[tuple[int, int]]
-    """(stage, bytes kept of one micro-batch) of every rank."""
+    kept: list[tuple[int, list[int]]]
+    """Of every rank its place in the pipeline, and bytes kept of a micro-batch by each stage."""
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def run_step(run_ranks: Callable, tmp_path: Path) -> Callable[..., Run]:
             sent.update(result["sent"])
         # The one number that is not in the formulas: the gradient norm, FP32, summed once.
         assert sent.pop("norm") == world * 2 * 4 * (world - 1) / world
-        kept = [(result["stage"], result["kept"]) for result in results]
+        kept = [(result["pipeline_rank"], result["kept"]) for result in results]
         return Run(Portion(config, world), {k: n for k, n in sent.items() if n}, kept)
 
     return start
@@ -173,8 +173,8 @@ def run_step(run_ranks: Callable, tmp_path: Path) -> Callable[..., Run]:
 def formula(portion: Portion) -> dict[str, float]:
     """Bytes of all ranks together in one step, by axis."""
     sent: Counter[str] = Counter()
-    for stage in portion.stages:
-        for axis, sizes in step_traffic(portion, stage).items():
+    for stages in portion.stages:
+        for axis, sizes in step_traffic(portion, stages).items():
             sent[axis] += sum(sizes.values()) * portion.ranks / len(portion.stages)
     return sent
 
@@ -203,6 +203,7 @@ CASES = {
     "tp2 etp2 ep2 recomputed": ("tp2 etp2 ep2", RECOMPUTE),
     "tp2 pp2 ep2": ("tp2 pp2 ep2",),
     "tp2 cp2 ep2 dp2": ("tp2 cp2 ep2 dp2",),
+    "pp2 vpp2 ep2": ("pp2 vpp2 ep2",),
     "pp2 ep2 dp2, no MTP": ("pp2 ep2 dp2", "model.mtp=none"),
     "dp2, pieces of two": ("dp2", "train.micro_batch_size=2"),
 }
@@ -216,9 +217,10 @@ def test_ranks_send_and_keep_what_the_formulas_say(case: str, run_step: Callable
     run = run_step(*CASES[case])
     assert run.sent == pytest.approx(formula(run.portion), rel=1e-12)
     # Ranks get more copies or fewer than others: the mean is that of even routing.
-    for number, stage in enumerate(run.portion.stages):
-        kept = mean(size for index, size in run.kept if index == number)
-        assert kept == pytest.approx(kept_on_a_cpu(run.portion, stage), rel=0.02), stage
+    for rank, stages in enumerate(run.portion.stages):
+        alike = [kept for at, kept in run.kept if at == rank]
+        for stage, kept in zip(stages, zip(*alike, strict=True), strict=True):
+            assert mean(kept) == pytest.approx(kept_on_a_cpu(run.portion, stage), rel=0.02), stage
 
 
 @pytest.mark.slow
@@ -242,8 +244,8 @@ def test_latent_experts_move_latent_over_hidden_of_a_plain_moe(
     moved = {}
     for overrides in ((), ("model.moe.latent_size=none",)):
         run = run_step("ep2", *overrides)
-        (stage,) = run.portion.stages
-        sizes = step_traffic(run.portion, stage)["ep"]
+        (stages,) = run.portion.stages
+        sizes = step_traffic(run.portion, stages)["ep"]
         moved[overrides] = run.sent["ep"] - 2 * (sizes["gates"] + sizes["counts"])
     latent, plain = moved.values()
     model = run.portion.config.model

@@ -33,7 +33,7 @@ def load(name: str, layout: str = "", *overrides: str) -> Config:
         ("super_120b", "ep=8 etp=4"),
         ("nano_4b", "tp=4 pp=2"),
         ("nano_30b", "tp=4 cp=2 ep=8"),
-        ("ultra_550b", "tp=8 pp=6 ep=32"),
+        ("ultra_550b", "tp=8 pp=6 vpp=2 ep=32"),
     ],
 )
 def test_parameters_and_their_bytes_are_those_of_the_built_stages(name: str, layout: str) -> None:
@@ -48,11 +48,11 @@ def test_parameters_and_their_bytes_are_those_of_the_built_stages(name: str, lay
         positions=Axis(size=p.tp * p.cp),
     )
     portion = Portion(config, fewest_ranks(config))
-    for stage, row in zip(portion.stages, described["stages"], strict=True):
+    for stages, row in zip(portion.stages, described["pipeline_ranks"], strict=True):
+        dtype = DTYPES[config.precision.weights]
         with torch.device("meta"):
-            dtype = DTYPES[config.precision.weights]
-            model = Nemotron(config.model, dtype=dtype, mesh=mesh, stage=stage)
-        built = list(model.parameters())
+            models = [Nemotron(config.model, dtype=dtype, mesh=mesh, stage=s) for s in stages]
+        built = [param for model in models for param in model.parameters()]
         experts = sum(p.numel() for p in built if is_expert(p))
         assert row["parameters"]["experts"] == experts
         assert row["parameters"]["dense"] == sum(p.numel() for p in built) - experts
@@ -65,21 +65,33 @@ def test_parameters_and_their_bytes_are_those_of_the_built_stages(name: str, lay
 def test_stages_add_up_and_no_rank_holds_what_another_stage_has() -> None:
     config = load("super_120b", "pp=4 ep=8")
     described = describe_layout(config, 64)
-    stages = described["stages"]
-    assert "".join(row["layer_pattern"] for row in stages) == config.model.letters
+    stages = described["pipeline_ranks"]
+    held = [stage for row in stages for stage in row["stages"]]
+    assert "".join(stage["layer_pattern"] for stage in held) == config.model.letters
     assert sum(row["flops_share"] for row in stages) == pytest.approx(1)
-    whole = describe_layout(load("super_120b"), 1)["stages"][0]["parameters"]
+    whole = describe_layout(load("super_120b"), 1)["pipeline_ranks"][0]["parameters"]
     assert sum(row["parameters"]["dense"] for row in stages) == whole["dense"]
     assert sum(row["parameters"]["experts"] for row in stages) * 8 == whole["experts"]
-    assert [row["micro_batches_in_flight"] for row in stages] == [4, 3, 2, 1]
+    assert [stage["micro_batches_in_flight"] for stage in held] == [4, 3, 2, 1]
     assert described["bubble_share"] == 3 / (3072 // 16 + 3)
     largest = max(row["memory_bytes"]["total"] for row in stages)
     assert described["largest"]["memory_bytes"] == largest
 
 
+def test_interleaved_stages_wait_less_and_keep_more() -> None:
+    """Rank 1 of 4 with two stages starts 2 x 2 + 4 + 1 passes before the first comes back."""
+    described = describe_layout(load("super_120b", "pp=4 vpp=2 ep=8"), 32)
+    stages = [row["stages"] for row in described["pipeline_ranks"]]
+    assert described["bubble_share"] == 3 / (2 * 3072 // 8 + 3)
+    assert [stage["micro_batches_in_flight"] for stage in stages[1]] == [5, 4]
+    assert [stage["micro_batches_in_flight"] for stage in stages[3]] == [4, 1]
+    in_order = sorted((stage["first_block"], r) for r, row in enumerate(stages) for stage in row)
+    assert [rank for _, rank in in_order] == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
 def test_optimizer_state_is_cut_over_the_ranks_with_the_same_weights() -> None:
     """12 bytes per parameter of BF16 weights: dense over 64 ranks, experts over 64 / 8."""
-    (row,) = describe_layout(load("super_120b", "ep=8"), 64)["stages"]
+    (row,) = describe_layout(load("super_120b", "ep=8"), 64)["pipeline_ranks"]
     dense, experts = row["parameters"]["dense"], row["parameters"]["experts"]
     memory = row["memory_bytes"]
     expected = 12 * (dense / 64 + experts / 8)
@@ -89,16 +101,16 @@ def test_optimizer_state_is_cut_over_the_ranks_with_the_same_weights() -> None:
 
 def test_bytes_of_super_by_hand() -> None:
     """8,192 tokens of width 4,096 in BF16, 22 of 512 experts at width 1,024, on eight ranks."""
-    (stage,) = (portion := Portion(load("super_120b", "ep=8"), 8)).stages
+    (stages,) = (portion := Portion(load("super_120b", "ep=8"), 8)).stages
     passes, micro_batches, away = 40 + 2, 3072 // 8, 7 / 8
     copies = passes * micro_batches * 8192 * 22
-    sizes = step_traffic(portion, stage)["ep"]
+    sizes = step_traffic(portion, stages)["ep"]
     assert sizes["tokens to experts"] == sizes["experts to tokens"]
     assert sizes["tokens to experts"] == 2 * copies * 1024 * 2 * away
     assert sizes["gates"] == 2 * copies * 4 * away
     assert sizes["counts"] == passes * micro_batches * 512 * 8 * away
     plain = load("super_120b", "ep=8", "model.moe.latent_size=none")
-    wide = step_traffic(Portion(plain, 8), stage)["ep"]["tokens to experts"]
+    wide = step_traffic(Portion(plain, 8), stages)["ep"]["tokens to experts"]
     assert wide == 4 * sizes["tokens to experts"]
     # Hidden states and embeddings, and the embeddings of two tokens that MTP looks ahead to.
     staged = Portion(load("super_120b", "tp=8 ep=8 pp=2"), 16)
@@ -107,8 +119,8 @@ def test_bytes_of_super_by_hand() -> None:
 
 def test_recomputation_keeps_the_inputs_of_blocks_and_one_block_whole() -> None:
     recompute = 'train.recompute=["mamba", "attention", "moe"]'
-    (kept,) = describe_layout(load("super_120b"), 1)["stages"]
-    (less,) = describe_layout(load("super_120b", "", recompute), 1)["stages"]
+    (kept,) = describe_layout(load("super_120b"), 1)["pipeline_ranks"]
+    (less,) = describe_layout(load("super_120b", "", recompute), 1)["pipeline_ranks"]
     hidden = 8192 * 4096 * 2
     tables = 131_072 * 4096 * 4
     # Of 88 blocks and 2 x 2 of MTP their inputs; of MTP 5 more each, final norm, three gradients.
