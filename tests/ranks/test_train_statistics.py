@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.ranks.test_layouts import QUANTIZED
 from tests.ranks.test_train import Result
 from tests.ranks.test_train import train as train  # the fixture
 
@@ -37,16 +38,27 @@ def test_sampled_steps_have_them_and_nothing_else_changes(train: Callable[..., R
         assert 0 <= found[f"{where}/underflow"] < 0.5
 
 
-@pytest.mark.parametrize("axis", ["dp", "pp", "tp", "ep"])
+@pytest.mark.parametrize("axis", ["dp", "pp", "ep"])
 def test_two_ranks_record_what_one_does(train: Callable[..., Result], axis: str) -> None:
-    """The same operands of the same layers, whatever rank has them. With micro-batches or stages
-    of their own, ranks round alike, and gradients differ in the order of sums only; ranks that
-    share experts multiply the tokens of both."""
+    """The same operands of the same layers, whatever rank has them: gradients differ in the order
+    of sums only."""
     overrides = (*SUPER, "train.stop_after=1", "observe.quantization_interval=1")
     layout = () if axis == "dp" else (f"parallel.{axis}=2",)
     one = quantised(train("one", *overrides)[0][0])
     two = quantised(train("two", *overrides, *layout, world=2)[0][0])
     assert one.keys() == two.keys()
-    if axis in ("dp", "pp"):
-        for name, value in one.items():
-            assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+def test_ranks_that_share_operands_record_the_whole(train: Callable[..., Result]) -> None:
+    """Sums over tensor-parallel ranks are rounded to BF16 elsewhere, which moves some codes."""
+    overrides = (*QUANTIZED, "train.stop_after=1", "observe.quantization_interval=1")
+    one = quantised(train("one", *overrides)[0][0])
+    two = quantised(train("two", *overrides, "parallel.tp=2", "parallel.ep=2", world=2)[0][0])
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if "/0/x/" in name or "/weight/" in name:  # what no sum came before
+            assert two[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+        else:
+            assert two[name] == pytest.approx(value, rel=0.1, abs=0.05), name
