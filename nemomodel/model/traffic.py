@@ -168,10 +168,6 @@ def _per_step(portion: Portion, stages: Sequence[Stage]) -> Iterator[Exchange]:
     everything = list(chain.from_iterable(held))
     uncut = sum(p.elements for p in everything if not p.cut and not p.expert)
     yield Exchange("tp", "gradients of uncut parameters", 2 * uncut * FP32, backward=False)
-    # Without overlap megatron-core 0.19.2 gathers all weights after each of its optimizers, and
-    # experts have one of their own (core/optimizer/distrib_optimizer.py, step_with_ready_grads).
-    twice = any(p.expert for p in everything) and not portion.config.parallel.overlap_param_gather
-    gathers = 2 if twice else 1
     for parameters in held:
         for axis, expert in (("dp", False), ("expert_dp", True)):
             for width in sorted({portion.width, FP32}):
@@ -180,7 +176,7 @@ def _per_step(portion: Portion, stages: Sequence[Stage]) -> Iterator[Exchange]:
                     portion.degree(axis),
                 )
                 yield Exchange(axis, "gradients", buffer * FP32, backward=False)
-                yield Exchange(axis, "weights", gathers * buffer * width, backward=False)
+                yield Exchange(axis, "weights", buffer * width, backward=False)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -59,6 +59,9 @@ def build_optimizer(
     optimizers = [_optimizer(chunks, config, ranks, experts=False)]
     if any(chunk.expert_parallel_buffers for chunk in chunks):
         optimizers.append(_optimizer(chunks, config, ranks, experts=True))
+    for optimizer in optimizers[:-1]:
+        # Else megatron-core 0.19.2 gathers all weights after each; the last one does it for all.
+        optimizer._defer_param_sync = True
     return ChainedOptimizer(optimizers)
 
 
