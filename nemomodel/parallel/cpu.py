@@ -27,7 +27,8 @@ def install() -> None:
     with _quiet_import():
         import megatron.core
         import megatron.core.dist_checkpointing
-        import megatron.core.optimizer  # noqa: F401
+        import megatron.core.optimizer
+        import megatron.core.pipeline_parallel.schedules  # noqa: F401
 
 
 def _patch_torch() -> None:
@@ -92,6 +93,7 @@ def _quiet_import() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not")
+            warnings.filterwarnings("ignore", message="Apex is not installed")
             # An escape in a docstring of megatron-core 0.19.2, told where nothing is compiled yet.
             warnings.filterwarnings("ignore", category=SyntaxWarning)
             yield
