@@ -36,11 +36,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WORTH_A_CALL = 2**18
-"""Elements from which compiled passes are used: a call takes as long as 2^16 elements, and
-programs that have only small matrices do not wait for the compiler."""
+WORTH_A_CALL = 2**17
+"""Elements from which compiled passes are used: their calls take as long as the plain quantiser
+does for about 2^14, and programs that have only small matrices do not wait for the compiler."""
 LANES = 16
 """Every pass sees the columns in groups of as many."""
+_FIXED = (1, LANES)
+"""Sizes that are compiled in."""
 
 
 @dataclass(frozen=True)
@@ -248,13 +250,32 @@ def _stochastic_e2m1(v: Tensor, bits: Tensor) -> Tensor:
 
 def _run(function: Callable[..., Any], *args: Tensor) -> Any:
     """function(*args), compiled for every dtype and kind of broadcasting, not for every size."""
-    for arg in args:
-        for dim, size in enumerate(arg.shape):
-            if size not in (1, LANES):
-                torch._dynamo.maybe_mark_dynamic(arg, dim)
-    # Sizes that are equal by chance are not to be so for ever.
-    with torch.fx.experimental._config.patch(use_duck_shape=False):
-        return _compiled(function)(*args)
+    kinds = [(arg.dtype, *(size in _FIXED and size for size in arg.shape)) for arg in args]
+    return _graph(function, tuple(kinds))(*args)
+
+
+class _Graph:
+    """A compiled function whose first call leaves sizes open."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.open = _compiled(function), False
+
+    def __call__(self, *args: Tensor) -> Any:
+        if self.open:
+            return self.function(*args)
+        self.open = True
+        for arg in args:
+            for dim, size in enumerate(arg.shape):
+                if size not in _FIXED:
+                    torch._dynamo.maybe_mark_dynamic(arg, dim)
+        # Sizes that are equal by chance are not to be so for ever.
+        with torch.fx.experimental._config.patch(use_duck_shape=False):
+            return self.function(*args)
+
+
+@functools.cache
+def _graph(function: Callable[..., Any], kinds: tuple) -> _Graph:
+    return _Graph(function)
 
 
 @functools.cache
