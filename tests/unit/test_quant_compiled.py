@@ -119,6 +119,7 @@ def test_sizes_share_a_graph() -> None:
     """Not one for every shape: at most one for sizes in general, and one each for 1 and 16."""
     format = OperandFormat("nvfp4", "columns")
     torch._dynamo.reset()
+    compiled._graph.cache_clear()
     torch._dynamo.utils.counters.clear()
     for rows, columns in ((80, 144), (96, 160), (500, 48), (33, 64), (7, 1040)):
         quantize_operand(normal(rows, columns).bfloat16(), format)
