@@ -99,13 +99,21 @@ MXFP8_VECTORS = (
 
 # Magnitudes that lie a quarter or three quarters of the way from one code to the next.
 _BETWEEN = ((0.125, 0.0, 0.5), (1.375, 1.0, 1.5), (2.25, 2.0, 3.0), (5.5, 4.0, 6.0))
-_DRAWS = 4096
+
+FEW, MANY = 2**11, 2**13
+"""Numbers that are rounded stochastically: too few for compiled code on a CPU, and enough."""
+
 _SIGMAS = 5.0
 
 
-def self_test(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+def self_test(
+    device: torch.device, dtype: torch.dtype = torch.bfloat16, *, draws: int = MANY
+) -> None:
     """Check known codes and scales, the Hadamard transform and stochastic rounding, in well under
-    a second.
+    a second; longer where code is compiled.
+
+    Args:
+        draws: `FEW` where a run has no larger operands.
 
     Raises:
         SelfTestError: naming everything that is wrong.
@@ -114,14 +122,18 @@ def self_test(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None
         [
             *_known_vectors(device, dtype),
             *_hadamard(device, dtype),
-            *_stochastic(device, dtype),
+            *_stochastic(device, dtype, draws),
         ],
         device,
     )
 
 
 def self_test_layers(
-    make: Callable[[LinearFormat], Layer], formats: Iterable[LinearFormat], device: torch.device
+    make: Callable[[LinearFormat], Layer],
+    formats: Iterable[LinearFormat],
+    device: torch.device,
+    *,
+    draws: int = MANY,
 ) -> None:
     """Check what a layer of each format makes of known inputs and of gradients between codes.
 
@@ -131,7 +143,7 @@ def self_test_layers(
     Raises:
         SelfTestError: naming everything that is wrong.
     """
-    faults = [fault for format in formats for fault in _layer(make(format), format, device)]
+    faults = [fault for format in formats for fault in _layer(make(format), format, device, draws)]
     _raise(faults, device)
 
 
@@ -213,12 +225,12 @@ def _signed_hadamard() -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def _stochastic(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+def _stochastic(device: torch.device, dtype: torch.dtype, draws: int) -> Iterator[str]:
     """Only the two neighbours of a number occur, each as often as it is near."""
     # Two numbers a column, of which the transform makes 8 times (a + b) / 4 = 6 and 8 times
     # (a - b) / 4, a number between two codes.
-    between = torch.tensor(_BETWEEN, dtype=torch.float64)[:, 0].repeat(_DRAWS // len(_BETWEEN))
-    before = torch.zeros(len(SIGNS), _DRAWS, dtype=torch.float64)
+    between = torch.tensor(_BETWEEN, dtype=torch.float64)[:, 0].repeat(draws // len(_BETWEEN))
+    before = torch.zeros(len(SIGNS), draws, dtype=torch.float64)
     before[0], before[1] = 12 + 2 * between, 12 - 2 * between
     after = _signed_hadamard().T @ before / 4
     for format, x, wanted in (
@@ -238,10 +250,10 @@ def _stochastic(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
         yield from _unbiased(format, first, wanted)
 
 
-def _layer(layer: Layer, format: LinearFormat, device: torch.device) -> Iterator[str]:
+def _layer(layer: Layer, format: LinearFormat, device: torch.device, draws: int) -> Iterator[str]:
     """With a unit matrix as weight the output is the quantised input, and so with gradients."""
     weight = torch.eye(32, device=device, dtype=torch.bfloat16)
-    between = torch.tensor(_BETWEEN)[:, :1].repeat(_DRAWS // len(_BETWEEN), 1)
+    between = torch.tensor(_BETWEEN)[:, :1].repeat(draws // len(_BETWEEN), 1)
     dy_TO = torch.cat([torch.full_like(between, E2M1.max), between], 1).repeat(1, 16)
     layer.begin(1, 0)
     for blocks, name, factor in (
@@ -249,10 +261,10 @@ def _layer(layer: Layer, format: LinearFormat, device: torch.device) -> Iterator
         (MXFP8_VECTORS, "mxfp8", 1.0),
     ):
         x, values = _matrices(blocks, repeats=2, device=device, dtype=torch.bfloat16)
-        x_TI = x.repeat(_DRAWS // len(x), 1).requires_grad_()
+        x_TI = x.repeat(draws // len(x), 1).requires_grad_()
         y_TO = layer(x_TI, weight)
         if _quantises(format.fprop, name) and not format.fprop.left.stochastic:
-            wanted = (values.float() * factor).repeat(_DRAWS // len(x), 1)
+            wanted = (values.float() * factor).repeat(draws // len(x), 1)
             if not torch.allclose(y_TO.float(), wanted, rtol=2**-8, atol=0.0):
                 yield f"{format.fprop}: the output is not the product of the known operands"
         if _quantises(format.dgrad, name) and format.dgrad.left.stochastic:

@@ -32,7 +32,8 @@ from nemomodel.observe.sinks import Sink, check_backends, open_sinks, write_metr
 from nemomodel.ops import backend
 from nemomodel.parallel.mcore import Ranks, start_ranks, stop_ranks, wrap_ddp
 from nemomodel.parallel.optimizer import build_optimizer, build_scheduler
-from nemomodel.quant.selftest import self_test, self_test_layers
+from nemomodel.quant.compiled import WORTH_A_CALL
+from nemomodel.quant.selftest import FEW, MANY, self_test, self_test_layers
 from nemomodel.quant.statistics import Observer
 from nemomodel.quant.transformer_engine_recipe import require
 from nemomodel.train.faults import EXIT_INTERRUPTED, NotFiniteError, StopRequest, stop_request
@@ -243,16 +244,18 @@ def _check_quantizer(config: Config, ranks: Ranks) -> None:
     """Whether this machine quantises as the recipes say."""
     if not (used := formats(config)):
         return
-    executor = config.precision.executor
+    executor, train = config.precision.executor, config.train
+    tokens = train.micro_batch_size * train.seq_length
+    draws = MANY if tokens * config.model.hidden_size >= WORTH_A_CALL else FEW
     if executor == "transformer_engine":
         try:
             require(used, environment=os.environ)
         except ValueError as error:
             raise ConfigError(str(error)) from None
     else:
-        self_test(ranks.device)
+        self_test(ranks.device, draws=draws)
     make = functools.partial(LAYERS[executor], name="self-test", seed=config.run.seed)
-    self_test_layers(make, used, ranks.device)
+    self_test_layers(make, used, ranks.device, draws=draws)
     log.info("self-test of the quantiser on %s, %s: passed", ranks.device, executor)
 
 
