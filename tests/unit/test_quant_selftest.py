@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nemomodel.quant import compiled, selftest
+from nemomodel.quant.hadamard import SIGNS
 from nemomodel.quant.linear import Call, LinearFormat, QuantizedLinear
 from nemomodel.quant.operand import (
     ExactOperand,
@@ -20,6 +21,8 @@ from nemomodel.quant.operand import (
 )
 from nemomodel.quant.recipe import FORMATS
 from nemomodel.quant.selftest import (
+    FEW,
+    MANY,
     MXFP8_VECTORS,
     NVFP4_VECTORS,
     Block,
@@ -37,11 +40,22 @@ Quantizer = Callable[..., ExactOperand]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("way", ["chosen", "plain"])
-def test_it_passes(monkeypatch: pytest.MonkeyPatch, way: str, dtype: torch.dtype) -> None:
-    if way == "plain":
-        monkeypatch.setattr(compiled, "takes", lambda x: False)
-    self_test(CPU, dtype)
+def test_it_passes(dtype: torch.dtype) -> None:
+    self_test(CPU, dtype, draws=FEW)
+
+
+def _compiled() -> None:
+    assert compiled.takes(torch.empty(len(SIGNS), MANY))
+    self_test(CPU)
+    self_test_layers(make_layer, FORMATS.values(), CPU)
+
+
+@pytest.mark.slow
+def test_compiled_code_passes(run_ranks: Callable) -> None:
+    """In a process of its own: one that compiles in a backward pass cannot fork others."""
+    if not compiled.takes(torch.empty(len(SIGNS), MANY)):
+        pytest.skip("torch.compile finds no compiler here")
+    run_ranks(1, _compiled)
 
 
 def test_groups_are_tested_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +65,7 @@ def test_groups_are_tested_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(selftest, "quantize_groups", quantize)
     with pytest.raises(SelfTestError, match=r"mxfp8 1x32 in groups: .* known values differ"):
-        self_test(CPU)
+        self_test(CPU, draws=FEW)
 
 
 def columns(blocks: tuple[Block, ...], field: str) -> np.ndarray:
@@ -165,13 +179,13 @@ def test_every_fault_is_named(monkeypatch: pytest.MonkeyPatch, fault: str) -> No
     broken, message = FAULTS[fault]
     monkeypatch.setattr(selftest, "quantize_operand", broken)
     with pytest.raises(SelfTestError, match="self-test of the quantiser on cpu failed") as caught:
-        self_test(CPU)
+        self_test(CPU, draws=FEW)
     assert message in str(caught.value)
     assert "precision.recipe='bf16'" in str(caught.value)
 
 
 def test_layers_of_every_format_pass() -> None:
-    self_test_layers(make_layer, FORMATS.values(), CPU)
+    self_test_layers(make_layer, FORMATS.values(), CPU, draws=FEW)
 
 
 def make_layer(format: LinearFormat) -> QuantizedLinear:
@@ -190,7 +204,7 @@ class Broken(QuantizedLinear):
 def test_faults_of_a_layer_are_named(name: str) -> None:
     format = FORMATS[name]
     with pytest.raises(SelfTestError) as caught:
-        self_test_layers(lambda f: Broken(f, name="self-test", seed=0), [format], CPU)
+        self_test_layers(lambda f: Broken(f, name="self-test", seed=0), [format], CPU, draws=FEW)
     message = str(caught.value)
     assert f"{format.fprop}: the output is not the product of the known operands" in message
     assert ("1.375 became something else than 1.0 or 1.5" in message) is (name == "nvfp4")
