@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from torch.multiprocessing import ProcessRaisedException
 
 from tests.ranks.test_train import Result, assert_same_state
 from tests.ranks.test_train import train as train  # the fixture
@@ -44,3 +45,13 @@ def test_it_learns(train: Train) -> None:
     assert records[-1]["loss/lm"] < records[0]["loss/lm"]
     fall = [r[0]["loss/lm"] - r[-1]["loss/lm"] for r in (records, plain)]
     assert fall[0] > 0.7 * fall[1]
+
+
+def test_what_is_not_finite_is_named(train: Train) -> None:
+    """The first update makes weights that overflow; the second step finds the first of them."""
+    with pytest.raises(
+        ProcessRaisedException,
+        match=r"NotFiniteError: step 2: gradient norm is nan"
+        r" \(first in blocks\.0\.mixer\.in_proj: (x|weight) of a quantised layer\)",
+    ):
+        train("run", "precision.recipe=nvfp4", "optim.lr=1e38", "schedule.warmup_steps=1")
