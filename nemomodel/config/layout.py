@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 
 from nemomodel.config.pattern import CUT, LayerKind
+from nemomodel.config.precision import phases, places
+from nemomodel.config.recipe import Role
 from nemomodel.config.schema import Config
 
 DEEPEP_TOP_K = 32
 """One lane of a warp per expert: EP_DEVICE_ASSERT(num_topk <= 32) in the kernels of DeepEP."""
 
-LARGEST_BLOCK = 32
-"""Elements that share a scale in MXFP8; 16 in NVFP4."""
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 32
+"""Elements that share a scale in NVFP4, and in MXFP8."""
 
 
 def layout_problems(config: Config) -> Iterator[str]:
@@ -32,7 +34,10 @@ def _quantized(config: Config) -> Iterator[str]:
     p, precision, train = config.parallel, config.precision, config.train
     recipes = {precision.recipe, *(phase.recipe for phase in precision.phases)} - {"bf16", "fp32"}
     shared = p.tp * p.cp
-    if not recipes or shared == 1:
+    if not recipes:
+        return
+    yield from _blocks(config)
+    if shared == 1:
         return
     recipe = ", ".join(sorted(recipes))
     if config.model.moe and (p.etp * p.ep) % shared:
@@ -46,8 +51,53 @@ def _quantized(config: Config) -> Iterator[str]:
         yield (
             f"parallel: tp*cp={shared} leaves {tokens // shared} tokens of a micro-batch to a "
             f"rank, which precision recipe {recipe} wants in multiples of {LARGEST_BLOCK}; use a "
-            "larger train.seq_length or train.micro_batch_size"
+            f"train.seq_length * train.micro_batch_size that {LARGEST_BLOCK * shared} divides"
         )
+
+
+def _blocks(config: Config) -> Iterator[str]:
+    """A block of a quantised weight, or of what it makes, must not lie on two ranks."""
+    blocks: dict[Role, int] = {}
+    for phase in phases(config):
+        for place in places(config.model):
+            if format := phase.format(place):
+                block = LARGEST_BLOCK if "mxfp8" in format else SMALLEST_BLOCK
+                blocks[place.role] = max(block, blocks.get(place.role, 0))
+    for role, block in sorted(blocks.items()):
+        name, widths = _cut_widths(config, role)
+        ranks = getattr(config.parallel, name)
+        if any(width % ranks == 0 and width // ranks % block for width in widths):
+            good = [n for n in range(1, 65) if all(w % (n * block) == 0 for w in widths)]
+            shown = f"use {name} in {{{', '.join(map(str, good))}}}, or" if good else "use"
+            yield (
+                f"parallel.{name}={ranks} cuts {role} into pieces of "
+                f"{min(width // ranks for width in widths)}, whose blocks have {block}; {shown} a "
+                "recipe that does not quantise it"
+            )
+
+
+def _cut_widths(config: Config, role: Role) -> tuple[str, list[int]]:
+    """The axis that cuts a linear layer, and the widths of its parts that are cut; [] if none."""
+    model = config.model
+    mamba, attention, moe = model.mamba, model.attention, model.moe
+    if role in (Role.EXPERT_FC1, Role.EXPERT_FC2) and moe:
+        return "etp", [moe.ffn_size] if config.parallel.etp > 1 else []
+    if config.parallel.tp == 1:
+        return "tp", []
+    widths: list[int] = []
+    if role in (Role.MAMBA_IN, Role.MAMBA_OUT) and mamba:
+        widths = [mamba.num_heads * mamba.head_dim]
+        if role is Role.MAMBA_IN:
+            widths += [mamba.num_groups * mamba.state_size, mamba.num_heads]
+    elif role in (Role.ATTENTION_QKV, Role.ATTENTION_OUT) and attention:
+        widths = [attention.num_heads * attention.head_dim]
+        if role is Role.ATTENTION_QKV and attention.num_kv_heads % config.parallel.tp == 0:
+            widths += [attention.num_kv_heads * attention.head_dim]
+    elif role in (Role.SHARED_FC1, Role.SHARED_FC2) and moe:
+        widths = [moe.shared_ffn_size]
+    elif role in (Role.MLP_FC1, Role.MLP_FC2) and model.ffn_size:
+        widths = [model.ffn_size]
+    return "tp", widths
 
 
 def layout_rank_problems(config: Config, world_size: int) -> Iterator[str]:

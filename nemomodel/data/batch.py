@@ -124,15 +124,18 @@ class TokenData:
             num_batches=per_rank // self._micro_batch_size,
         )
 
-    def validation(self, *, dp_rank: int, dp_size: int) -> list[MicroBatch]:
+    def validation(self, *, dp_rank: int, dp_size: int, multiple: int = 1) -> list[MicroBatch]:
         """This rank's part of the validation set.
 
         Together the ranks have the same sequences for any dp_size. Every rank has the same number
         of micro-batches, so that collectives meet; missing sequences are fully masked.
+
+        Args:
+            multiple: of which the number of micro-batches is one; interleaved stages need it.
         """
         assert self._validation is not None, "has_validation is False"
         size, total = self._micro_batch_size, self._validation_sequences
-        num_batches = -(-total // (size * dp_size))
+        num_batches = -(-total // (size * dp_size * multiple)) * multiple
         first = dp_rank * num_batches * size
         samples = np.arange(min(first, total), min(first + num_batches * size, total))
         return self._validation.micro_batches(samples, size=size, num_batches=num_batches)

@@ -150,7 +150,10 @@ def _gather_counts(count_PE: Tensor, etp: Axis) -> Tensor:
 
 
 def _gather(t: Tensor, rows: Sequence[int], etp: Axis) -> Tensor:
-    """The rows of every rank, which are not equally many; gradients are summed over ranks."""
+    """The rows of every rank, which are not equally many; gradients are summed over ranks.
+
+    An all-to-all, because gloo gathers equal parts only.
+    """
     if etp.size == 1:
         return t
     return _all_to_all(torch.cat([t] * etp.size), rows, [len(t)] * etp.size, etp)

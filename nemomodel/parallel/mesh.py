@@ -5,7 +5,7 @@
     cp     positions; inside attention and Mamba heads             all-to-all
     pp     blocks, into stages                                     point to point
     ep     experts                                                 all-to-all of token copies
-    etp    the inner width of an expert                            all-gather, reduce-scatter
+    etp    the inner width of an expert                            all-to-all, to all and back
     dp     sequences                                               sums of gradients
 
 Between mixers the positions of a sequence are cut over cp and tp together, tp running faster.

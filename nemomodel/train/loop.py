@@ -212,7 +212,11 @@ def _train(
             values |= {"data/tokens": tokens, **meter.read()}
         if data.has_validation and _due(step, train.validation_interval, train.steps):
             with meter.paused():
-                pieces = data.validation(dp_rank=ranks.dp_rank, dp_size=ranks.dp_size)
+                pieces = data.validation(
+                    dp_rank=ranks.dp_rank,
+                    dp_size=ranks.dp_size,
+                    multiple=ranks.mesh.pp.size if len(engine.chunks) > 1 else 1,
+                )
                 quantization.begin_validation(step)
                 values |= validate(engine, pieces, ranks, token_bytes=bytes_V)
         if values:

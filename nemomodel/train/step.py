@@ -93,7 +93,8 @@ def _detached(losses: Losses, model: Nemotron) -> Losses:
     for name, count_E in zip(model.routers(), losses.count, strict=True):
         count[names.index(name)] = count_E
     zero = losses.total.new_zeros(())
-    return Losses(zero, losses.cross_entropy.detach(), losses.balance, count)
+    # In FP64, that the order of stages and micro-batches does not show in what is logged.
+    return Losses(zero, losses.cross_entropy.detach().double(), losses.balance.double(), count)
 
 
 def update(losses: Losses, engine: Engine, *, step: int) -> tuple[float, Tensor]:

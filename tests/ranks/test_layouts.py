@@ -23,7 +23,13 @@ from tests.ranks.test_train import (
     run_to_end,
 )
 
-STEPS = ("train.stop_after=3", "checkpoint.interval=1", "checkpoint.keep=3")
+STEPS = (
+    "train.stop_after=3",
+    "checkpoint.interval=1",
+    "checkpoint.keep=3",
+    "train.validation_interval=3",
+    "train.validation_sequences=5",
+)
 # As many heads, groups and letters as eight ranks need.
 MODEL = (
     'model.layer_pattern="MEM*-E"',
@@ -42,6 +48,7 @@ LAYOUTS = {
     "ep2": (2, "ep=2"),
     "ep4": (4, "ep=4"),
     "etp2": (2, "etp=2"),
+    "etp4": (4, "etp=4"),
     "pp2": (2, "pp=2"),
     "pp4": (4, "pp=4"),
     "pp2 vpp2": (2, "pp=2 vpp=2"),

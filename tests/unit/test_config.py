@@ -635,3 +635,21 @@ def test_help_names_every_key_with_its_documentation() -> None:
     assert documentation()["TrainConfig"]["steps"] in text
     assert max(map(len, text.splitlines())) <= 100
     assert text.isascii()
+
+
+def test_quantised_weights_are_cut_between_blocks() -> None:
+    bf16 = ("precision.recipe=nvfp4", "parallel.ep=2")
+    assert problems(*bf16, "parallel.tp=2") == [
+        "parallel.tp=2 cuts mamba.in_proj into pieces of 4, whose blocks have 16; "
+        "use a recipe that does not quantise it"
+    ]
+    assert problems(*bf16, "parallel.etp=16") == [
+        "parallel.etp=16 cuts moe.experts.fc1 into pieces of 8, whose blocks have 16; "
+        "use etp in {1, 2, 4, 8}, or a recipe that does not quantise it",
+        "parallel.etp=16 cuts moe.experts.fc2 into pieces of 8, whose blocks have 16; "
+        "use etp in {1, 2, 4, 8}, or a recipe that does not quantise it",
+    ]
+    assert problems(*bf16[:1], "parallel.cp=2") == [
+        "parallel: etp*ep=1 is not a multiple of tp*cp=2, which precision recipe nvfp4 needs: an "
+        "expert would see parts of a micro-batch; use a multiple of 2"
+    ]
