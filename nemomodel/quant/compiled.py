@@ -249,9 +249,15 @@ def _stochastic_e2m1(v: Tensor, bits: Tensor) -> Tensor:
 
 
 def _run(function: Callable[..., Any], *args: Tensor) -> Any:
-    """function(*args), compiled for every dtype and kind of broadcasting, not for every size."""
-    kinds = [(arg.dtype, *(size in _FIXED and size for size in arg.shape)) for arg in args]
-    return _graph(function, tuple(kinds))(*args)
+    """function(*args), compiled for every dtype and kind of broadcasting, not for every size.
+    The compiler also makes a difference between the start of a storage and the rest.
+    """
+    kinds = (
+        (arg.dtype, arg.storage_offset() == 0, *(size in _FIXED and size for size in arg.shape))
+        for arg in args
+    )
+    # Of a view, the graph would be for its base too.
+    return _graph(function, tuple(kinds))(*(arg.detach() for arg in args))
 
 
 class _Graph:

@@ -122,8 +122,11 @@ def test_sizes_share_a_graph() -> None:
     compiled._graph.cache_clear()
     torch._dynamo.utils.counters.clear()
     for rows, columns in ((80, 144), (96, 160), (500, 48), (33, 64), (7, 1040)):
-        quantize_operand(normal(rows, columns).bfloat16(), format)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # peaks, scales, values
+        whole = normal(2 * rows, columns).bfloat16()
+        for x in (whole[rows:], whole[:rows].clone(), whole.view(2, rows, columns)[1]):
+            quantize_operand(x, format)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
+    # Peaks, scales and values; those that see x twice, for the start of a storage and the rest.
 
 
 @pytest.mark.usefixtures("interpreted")
