@@ -29,7 +29,7 @@ from nemomodel.config.schema import Config
 from nemomodel.observe.comparison import Comparison, Outcome
 from nemomodel.observe.files import write_atomically
 
-BASELINE = "bf16"
+BASELINE, FULL = "bf16", "nvfp4_super"
 NUM_WINDOWS = 20
 """Pieces of a run over which a point of its curve is averaged."""
 LINE_INTERVAL = 10.0
@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="names with commas between, all that quantise something in the model where not "
         f"given; {BASELINE} is always in, fp32 may be",
     )
-    add("--full", default="nvfp4_super", help="recipe that all are compared with besides bf16")
+    add("--full", default=FULL, help="recipe that all are compared with besides bf16")
     add("--seeds", default="1,2,3", help="whole numbers with commas between")
     return parser.parse_intermixed_args(argv)
 
@@ -126,6 +126,8 @@ def plan(args: argparse.Namespace) -> list[Run]:
             raise ConfigError(f"override {override!r}: the study sets {key}; see --help")
     names = args.recipes.split(",") if args.recipes else usable(args)
     recipes = [BASELINE, *dict.fromkeys(name for name in names if name != BASELINE)]
+    if args.full not in recipes and args.full != FULL:
+        raise ConfigError(f"--full={args.full}: is not run; use one of {', '.join(recipes)}")
     if len(recipes) == 1:
         raise ConfigError(f"--recipes={args.recipes}: give one besides {BASELINE}")
     runs = [make_run(args, recipe, seed) for seed in seeds for recipe in recipes]

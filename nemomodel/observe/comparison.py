@@ -159,8 +159,7 @@ class Comparison:
             lines.append(f"| {row['name']} | {runs} | {' | '.join(gaps)} |")
         compared = [row for row in rows if row["gap_to_baseline"]]
         at_the_end, over_the_run = (
-            ", ".join(row["name"] for row in compared if row[key].separated) or "none"
-            for key in ("gap_to_baseline", "gap_over_run")
+            _separated(compared, key) for key in ("gap_to_baseline", "gap_over_run")
         )
         lines += [
             "",
@@ -200,3 +199,10 @@ class Comparison:
         partial = path.with_name(f".{path.name}.partial")
         figure.savefig(partial, format="png", dpi=120)
         partial.replace(path)
+
+
+def _separated(rows: list[dict[str, Any]], key: str) -> str:
+    """The names of those whose gap is not 0 by chance alone."""
+    if rows and all(row[key].separated is None for row in rows):
+        return "not known from one seed"
+    return ", ".join(row["name"] for row in rows if row[key].separated) or "none"

@@ -28,7 +28,7 @@ from torch import Tensor
 from nemomodel.quant.formats import E4M3
 from nemomodel.quant.hadamard import SIGNS
 from nemomodel.quant.mx import block_exponents
-from nemomodel.quant.nvfp4 import block_scales
+from nemomodel.quant.nvfp4 import block_scales, max_over_ranks
 from nemomodel.quant.rounding import exp2, hash_counter, round_nearest, round_stochastic
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def quantize(
         multipliers, scales = exp2(-exponents), exp2(exponents)
     else:
         if amax_group is not None:
-            dist.all_reduce(amax, dist.ReduceOp.MAX, amax_group)
+            max_over_ranks(amax, amax_group)
         multipliers, scales = _run(block_scales, peaks, amax[part_of].view(-1, 1, 1, 1))
     args = [groups, multipliers, scales]
     if format.stochastic:

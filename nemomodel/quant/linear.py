@@ -150,7 +150,8 @@ class QuantizedLinear:
         left, right = _formats(self.format.wgrad)
         dys = self._operand("dy along tokens", dy_RO, left, call)
         xs = self._operand("x along tokens", x_RI, right, call)
-        dw = dy_RO.new_empty(weight.shape)
+        # Summed in FP32; a CPU has no product of BF16 with such an output.
+        dw = dy_RO.new_empty(weight.shape, dtype=torch.float32 if dy_RO.is_cuda else None)
         for dw_e, dy_e, x_e in zip(_matrices(dw), dys, xs, strict=True):
             product(_transposed(dy_e), x_e, out=dw_e)
         return dw

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -79,10 +80,11 @@ def quantize_nvfp4(
         block: rows and columns that share a scale: (1, 16), (16, 1) or (16, 16).
         rounding: of the codes; scales always round to nearest even.
         seed: of stochastic rounding; the same seed gives the same codes.
-        amax: FP32 scalar to use instead of x's largest magnitude, e.g. that of a group of ranks.
+        amax: scalar to use instead of x's largest magnitude, e.g. that of a group of ranks.
 
     Raises:
-        ValueError: x has infinities or NaN, another dtype, or no dimension; an unknown block.
+        ValueError: x has infinities or NaN, another dtype, or no dimension; an unknown block; an
+            amax that is no finite magnitude.
     """
     if tuple(block) not in BLOCKS:
         raise ValueError(f"block={block}: use one of {', '.join(map(str, BLOCKS))}")
@@ -91,6 +93,11 @@ def quantize_nvfp4(
     tiles = to_tiles(as_matrix(x), tuple(block)).float()
     if amax is None:
         amax = tiles.abs().amax() if x.numel() else tiles.new_zeros(())
+    else:
+        amax = torch.as_tensor(amax, dtype=torch.float32, device=x.device)
+        if amax.numel() != 1 or not 0 <= amax.item() < math.inf:
+            raise ValueError(f"amax={amax.tolist()}: use one finite number of at least 0")
+        amax = amax.reshape(())
     key = stream_key(seed) if rounding == "stochastic" else None
     scaled, scales = _scale(tiles, amax)
     return NVFP4Tensor(
@@ -100,6 +107,14 @@ def quantize_nvfp4(
         block=tuple(block),
         shape=tuple(x.shape),
     )
+
+
+def max_over_ranks(amax: Tensor, group: dist.ProcessGroup) -> None:
+    """The largest of magnitudes, FP32, over ranks, in place; NaN where some rank has it.
+
+    By their bits, whose order is theirs: gloo's maximum of floats loses a NaN.
+    """
+    dist.all_reduce(amax.view(torch.int32), dist.ReduceOp.MAX, group)
 
 
 def encode(

@@ -19,7 +19,7 @@ from nemomodel.quant import compiled
 from nemomodel.quant.formats import MXFP8_E4M3
 from nemomodel.quant.hadamard import SIGNS, hadamard_matrix, transform_rows
 from nemomodel.quant.mx import encode_mx
-from nemomodel.quant.nvfp4 import LARGEST, encode
+from nemomodel.quant.nvfp4 import LARGEST, encode, max_over_ranks
 from nemomodel.quant.rounding import exp2
 from nemomodel.quant.tiles import from_tiles, to_tiles
 
@@ -165,7 +165,7 @@ def quantize_plain(
         scales = exp2(exponents)
     else:
         if amax_group is not None:
-            dist.all_reduce(amax, dist.ReduceOp.MAX, amax_group)
+            max_over_ranks(amax, amax_group)
         codes, scales = encode(tiles, amax, key=key, counter=counter)
     values = from_tiles(codes * scales, tuple(x_MK.shape)).to(x_MK.dtype)
     return ExactOperand(values, _factor(amax, format), amax)
@@ -241,11 +241,16 @@ def _factor(amax: Tensor, format: OperandFormat) -> Tensor | None:
 def product(left: ExactOperand, right: ExactOperand, *, out: Tensor | None = None) -> Tensor:
     """left @ right in the dtype of the values, rounded once: after the factors.
 
+    Args:
+        out: where it goes; on a GPU it may be FP32, and then nothing is rounded.
+
     On a CPU the factor is read by the host; on a GPU nothing waits.
     """
     a, b = left.values, right.values
     factors = [f for f in (left.factor, right.factor) if f is not None]
     if not factors:
+        if out is not None and out.dtype != a.dtype:
+            return out.copy_(torch.mm(a, b, out_dtype=out.dtype))
         return torch.mm(a, b, out=out)
     factor = factors[0] if len(factors) == 1 else factors[0] * factors[1]
     if a.device.type == "cpu":

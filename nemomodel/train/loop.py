@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from nemomodel.config.precision import phases
 from nemomodel.config.schema import Config
 from nemomodel.data.batch import TokenData, open_data
 from nemomodel.data.token_bytes import token_bytes
-from nemomodel.model.count import describe
+from nemomodel.model.count import describe, parameter_shapes
 from nemomodel.model.init import initialize
 from nemomodel.model.nemotron import DTYPES, Nemotron
 from nemomodel.model.quantize import LAYERS, Quantization, formats
@@ -250,7 +251,9 @@ def _check_quantizer(config: Config, ranks: Ranks) -> None:
         return
     executor, train = config.precision.executor, config.train
     tokens = train.micro_batch_size * train.seq_length
-    draws = MANY if tokens * config.model.hidden_size >= WORTH_A_CALL else FEW
+    matrices = [shape for shape in parameter_shapes(config.model).values() if len(shape) > 1]
+    largest = max(max(math.prod(shape), tokens * max(shape[-2:])) for shape in matrices)
+    draws = MANY if largest >= WORTH_A_CALL else FEW
     if executor == "transformer_engine":
         try:
             require(used, environment=os.environ)

@@ -38,3 +38,16 @@ def _compare(cut: str) -> None:
         part = quantize(piece, format, key=key, place=place, amax_group=dist.group.WORLD)
         assert torch.equal(part.values, expected), format
         assert torch.equal(part.factor, whole.factor), format
+
+
+def test_what_is_not_a_number_reaches_every_rank(run_ranks: Callable[..., None]) -> None:
+    run_ranks(2, _not_a_number)
+
+
+def _not_a_number() -> None:
+    x = torch.randn(32, 32)
+    if dist.get_rank() == 1:  # the maximum of gloo takes what rank 0 has
+        x[4, 7] = torch.nan
+    for quantize in (quantize_operand, quantize_plain):
+        operand = quantize(x, OperandFormat("nvfp4", "columns"), amax_group=dist.group.WORLD)
+        assert operand.amax.isnan()

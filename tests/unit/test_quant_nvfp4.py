@@ -285,3 +285,17 @@ def test_negative_product_that_underflows_has_code_0():
     """Transformer Engine takes the sign from the scaled value, which is -0.0 here."""
     x = torch.tensor([[1e30, -1e-38] + [0.0] * 14])
     assert quantize_nvfp4(x).packed[0, 0] == 0x07
+
+
+@pytest.mark.parametrize("amax", [float("nan"), float("inf"), -1.0, [1.0, 2.0]])
+def test_an_amax_that_is_no_magnitude_is_refused(amax: object) -> None:
+    with pytest.raises(ValueError, match="use one finite number of at least 0"):
+        quantize_nvfp4(torch.ones(2, 16), amax=torch.tensor(amax))
+
+
+def test_an_amax_of_any_dtype_is_taken() -> None:
+    x = torch.randn(4, 32).bfloat16()
+    expected = quantize_nvfp4(x)
+    found = quantize_nvfp4(x, amax=x.abs().amax())
+    assert torch.equal(found.packed, expected.packed)
+    assert found.amax.dtype == torch.float32

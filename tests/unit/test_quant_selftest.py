@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,8 +60,8 @@ def test_compiled_code_passes(run_ranks: Callable) -> None:
 
 
 def test_groups_are_tested_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def quantize(x: Tensor, format: OperandFormat, *rows: list[int]) -> GroupedOperand:
-        grouped = quantize_groups(x, format, *rows)
+    def quantize(x: Tensor, format: OperandFormat, *rows: list[int], **kw) -> GroupedOperand:
+        grouped = quantize_groups(x, format, *rows, **kw)
         return replace(grouped, values=grouped.values.roll(1, 0))
 
     monkeypatch.setattr(selftest, "quantize_groups", quantize)
@@ -198,6 +199,21 @@ class Broken(QuantizedLinear):
     def _operand(self, name: str, x: Tensor, format: OperandFormat, call: Call) -> GroupedOperand:
         operand = super()._operand(name, x, format, call)
         return replace(operand, values=operand.values * (0 if format.stochastic else 2))
+
+
+class WithoutWgrad(QuantizedLinear):
+    """As a device whose transform along the tokens gives zeros."""
+
+    def wgrad(self, *args: Any) -> Tensor:
+        return torch.zeros_like(super().wgrad(*args))
+
+
+def test_a_wrong_weight_gradient_is_named() -> None:
+    format = FORMATS["nvfp4"]
+    with pytest.raises(SelfTestError, match="a weight gradient is wrong by 100%"):
+        self_test_layers(
+            lambda f: WithoutWgrad(f, name="self-test", seed=0), [format], CPU, draws=FEW
+        )
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
