@@ -36,7 +36,7 @@ def magnitude_bits(v):
 
 @triton.jit
 def nvfp4_scales(largest, amax):
-    """`nvfp4._scale`: the factor of every block before rounding, and its E4M3 scale.
+    """`nvfp4.block_scales`: the factor of every block before rounding, and its E4M3 scale.
 
     Args:
         largest, amax: bits of the largest magnitude of every block, and of the matrix.
@@ -53,7 +53,7 @@ def nvfp4_scales(largest, amax):
 
 @triton.jit
 def mxfp8_scales(largest):
-    """`mx._block_exponents` by the rule rceil: 2^-exponent and 2^exponent."""
+    """`mx.block_exponents` by the rule rceil: 2^-exponent and 2^exponent."""
     largest = largest.to(tl.float32, bitcast=True)
     bits = tl.math.div_rn(largest, E4M3[2]).to(tl.int32, bitcast=True)
     above = tl.where(bits >> 23 == 0, 1 << 22, 0)

@@ -22,7 +22,7 @@ from nemomodel.quant.operand import (
     product,
     quantize_groups,
 )
-from nemomodel.quant.passes import Pass, Use
+from nemomodel.quant.passes import InPass, Use
 from nemomodel.quant.rounding import stream_key
 from nemomodel.quant.statistics import Observer
 
@@ -78,7 +78,7 @@ class Call(NamedTuple):
     use: Use
 
 
-class QuantizedLinear:
+class QuantizedLinear(InPass):
     """The quantised products of one linear layer, or of one for each of a layer's experts.
 
     Args:
@@ -104,14 +104,7 @@ class QuantizedLinear:
         self.amax: dict[str, Tensor] = {}
         """FP32 scalars, the largest magnitude of every operand in this step."""
         self._weights: dict[OperandFormat, GroupedOperand] = {}
-        self.at = Pass()
-        """Where the run is; several layers may share it."""
-
-    def begin(self, step: int, micro_batch: int) -> None:
-        """Of a layer that is alone in its pass: the next use is in this step and micro-batch."""
-        if step != self.at.step:
-            self.new_step()
-        self.at.begin(step, micro_batch)
+        super().__init__()
 
     def new_step(self) -> None:
         """Call when the weight has changed."""

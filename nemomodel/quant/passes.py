@@ -1,5 +1,6 @@
 """Which forward pass it is: that names the random bits of stochastic rounding."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,3 +67,21 @@ class Replay:
         before = at.micro_batch, at._uses
         at.micro_batch, at._uses = self._state
         self._state = before
+
+
+class InPass(ABC):
+    """A layer whose random bits are named by the pass it is in."""
+
+    def __init__(self) -> None:
+        self.at = Pass()
+        """Where the run is; several layers may share it."""
+
+    def begin(self, step: int, micro_batch: int) -> None:
+        """Of a layer that is alone in its pass: the next use is in this step and micro-batch."""
+        if step != self.at.step:
+            self.new_step()
+        self.at.begin(step, micro_batch)
+
+    @abstractmethod
+    def new_step(self) -> None:
+        """Call when the weight has changed."""

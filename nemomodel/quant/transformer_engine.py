@@ -19,13 +19,13 @@ from torch import Tensor
 
 from nemomodel.ops.wgrad import accumulate_grad
 from nemomodel.quant.linear import LinearFormat, Share
-from nemomodel.quant.passes import Pass, Use
+from nemomodel.quant.passes import InPass, Use
 from nemomodel.quant.rounding import stream_key
 from nemomodel.quant.statistics import Observer
 from nemomodel.quant.transformer_engine_recipe import EXECUTOR, INSTEAD, execution, make_recipe
 
 
-class TransformerEngineLinear:
+class TransformerEngineLinear(InPass):
     """`QuantizedLinear` by Transformer Engine; the same face, and weights are quantised once per
     step too.
 
@@ -71,14 +71,7 @@ class TransformerEngineLinear:
         # Ranks round different tokens, and different experts, with different bits.
         self._part = first_expert, gradient.token_rank if gradient else 0
         self._weights: dict[int, Any] = {}
-        self.at = Pass()
-        """Where the run is; several layers may share it."""
-
-    def begin(self, step: int, micro_batch: int) -> None:
-        """Of a layer that is alone in its pass: the next use is in this step and micro-batch."""
-        if step != self.at.step:
-            self.new_step()
-        self.at.begin(step, micro_batch)
+        super().__init__()
 
     def new_step(self) -> None:
         """Call when the weight has changed."""

@@ -61,7 +61,7 @@ def forward_backward(
     the counts of all routers of the whole model."""
     models: list[Nemotron] = [chunk.module for chunk in engine.chunks]
     first = ranks.dp_rank * len(batches)
-    results: list[Losses] = []
+    results: list[list[Losses]] = [[] for _ in models]
 
     def forward(chunk: int, i: int, received: Tensor | None) -> Tensor:
         batch = batches[i]
@@ -75,7 +75,8 @@ def forward_backward(
             num_sequences=num_sequences,
             received=received,
         )
-        results.append(_detached(losses, models[chunk]))
+        zero = losses.total.new_zeros(())  # in place of what leads back
+        results[chunk].append(Losses(zero, *(t.detach() for t in losses[1:])))
         return losses.total
 
     for ddp in engine.chunks:
@@ -83,18 +84,19 @@ def forward_backward(
     shape = models[0].sent_shape(*batches[0].ids_BS.shape)
     run_micro_batches(engine.chunks, forward, len(batches), groups=ranks.groups, shape=shape)
     finish_gradients(engine.chunks, ranks)
-    return Losses(*(torch.stack(parts).sum(0) for parts in zip(*results, strict=True)))
+    of_chunks = [_sum(parts, model) for parts, model in zip(results, models, strict=True)]
+    return Losses(*(torch.stack(parts).sum(0) for parts in zip(*of_chunks, strict=True)))
 
 
-def _detached(losses: Losses, model: Nemotron) -> Losses:
-    """Without what leads back, and with counts of 0 for the routers of other stages."""
+def _sum(micro_batches: list[Losses], model: Nemotron) -> Losses:
+    """Over micro-batches, with counts of 0 for the routers of other stages."""
+    total, cross_entropy, balance, own = map(torch.stack, zip(*micro_batches, strict=True))
     names, moe = router_names(model.config), model.config.moe
-    count = losses.count.new_zeros(len(names), moe.num_experts if moe else 0)
-    for name, count_E in zip(model.routers(), losses.count, strict=True):
+    count = own.new_zeros(len(names), moe.num_experts if moe else 0)
+    for name, count_E in zip(model.routers(), own.sum(0), strict=True):
         count[names.index(name)] = count_E
-    zero = losses.total.new_zeros(())
     # In FP64, that the order of stages and micro-batches does not show in what is logged.
-    return Losses(zero, losses.cross_entropy.detach().double(), losses.balance.double(), count)
+    return Losses(total.sum(0), cross_entropy.double().sum(0), balance.double().sum(0), count)
 
 
 def update(losses: Losses, engine: Engine, *, step: int) -> tuple[float, Tensor]:
