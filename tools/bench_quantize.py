@@ -57,14 +57,17 @@ def torchao_compiled() -> Callable[[Tensor], Tensor]:
 
 
 def transformer_engine_reference() -> Callable[[Tensor], Tensor]:
-    from transformer_engine.pytorch.custom_recipes import reference_nvfp4, utils
+    import transformer_engine.pytorch  # noqa: F401, its subpackages need it
+    from transformer_engine.pytorch.custom_recipes import reference_nvfp4 as reference
+    from transformer_engine.pytorch.custom_recipes.reference_utils import Fp4Formats
 
-    quantizer = reference_nvfp4.NVFP4QuantizerRef(
-        dtype=utils.Fp4Formats.E2M1, rowwise=True, columnwise=False, quant_tile_shape=(1, 16)
-    )
+    quantizer = reference.NVFP4QuantizerRef(Fp4Formats.E2M1, columnwise=False)
 
     def run(x: Tensor) -> Tensor:
-        return quantizer.quantize(x).dequantize(dtype=x.dtype)
+        q = quantizer.quantize(x)
+        values = reference.cast_from_fp4x2(q.data, torch.float32).unflatten(1, (-1, 16))
+        scales = q.scale.float() * (q.global_amax_row / 2688)
+        return (values * scales.unsqueeze(-1)).flatten(1).to(x.dtype)
 
     return run
 

@@ -107,11 +107,15 @@ def quantize(
     else:
         if amax_group is not None:
             max_over_ranks(amax, amax_group)
-        multipliers, scales = _run(block_scales, peaks, amax[part_of].view(-1, 1, 1, 1))
+        multipliers, scales = _run(_nvfp4_scales, peaks, amax[part_of].view(-1, 1, 1, 1))
     args = [groups, multipliers, scales]
     if format.stochastic:
         args += _streams(parts, heights, place, groups)
-    values = _run(_VALUES[format.format, format.stochastic], *args).view(laid.shape)
+    if format.hadamard and format.along == "rows":
+        _run(_IN_PLACE[format.format, format.stochastic], *args)
+        values = laid
+    else:
+        values = _run(_VALUES[format.format, format.stochastic], *args).view(laid.shape)
     if sum(heights) != out_rows:
         pieces = zip(values.split(heights), parts, strict=True)
         values = torch.cat([piece[: part.out_rows] for piece, part in pieces])
@@ -185,6 +189,12 @@ def _peaks_of_rows(groups: Tensor) -> Tensor:
     return functools.reduce(torch.maximum, others, first).unsqueeze(1)
 
 
+def _nvfp4_scales(peaks: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """`block_scales`; E4M3 fits into BF16, which is half the memory to pass."""
+    multipliers, scales = block_scales(peaks, amax)
+    return multipliers, scales.bfloat16()
+
+
 def _nvfp4_values(x: Tensor, multipliers: Tensor, scales: Tensor) -> Tensor:
     return (_nearest_e2m1(x.float() * multipliers) * scales).to(x.dtype)
 
@@ -225,6 +235,19 @@ _VALUES = {
     ("mxfp8", False): _mxfp8_values,
     ("mxfp8", True): _mxfp8_draws,
 }
+
+
+def _in_place(values: Callable[..., Tensor]) -> Callable[..., None]:
+    """Over x itself: fresh memory costs as much as the arithmetic. (Not so where blocks lie along
+    columns: the compiler makes scalar code of that.)"""
+
+    def overwrite(x: Tensor, *args: Tensor) -> None:
+        x.copy_(values(x, *args))
+
+    return overwrite
+
+
+_IN_PLACE = {kind: _in_place(values) for kind, values in _VALUES.items()}
 
 
 def _nearest_e2m1(v: Tensor) -> Tensor:

@@ -74,13 +74,6 @@ def assert_same_bits(actual: ExactOperand, expected: ExactOperand) -> None:
 
 
 @pytest.fixture
-def compiled_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small matrices too: the tests would compare the plain one with itself."""
-    monkeypatch.setattr(compiled, "WORTH_A_CALL", 1)
-    assert compiled.takes(torch.zeros(1, dtype=torch.bfloat16))
-
-
-@pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same passes, not compiled: seconds instead of minutes."""
     monkeypatch.setattr(compiled, "WORTH_A_CALL", 1)
@@ -104,19 +97,28 @@ def test_passes_have_the_bits_of_the_plain_one(format: OperandFormat, dtype: tor
     compare(format, dtype)
 
 
-@pytest.mark.slow  # compiling takes most of a minute
-@pytest.mark.usefixtures("compiled_always")
-def test_compiled_passes_have_the_bits_of_the_plain_one() -> None:
+def _compile_small_matrices() -> None:
+    """In a process of its own, for one that has compiled cannot fork others; small matrices too,
+    or the plain one would be compared with itself."""
+    compiled.WORTH_A_CALL = 1
+    assert compiled.takes(torch.zeros(1, dtype=torch.bfloat16))
+
+
+def _compare_compiled() -> None:
+    _compile_small_matrices()
     for format in FORMATS:
         compare(format, torch.bfloat16)
     # A compiler that treats denormals as zero would do so in eager code of this process too.
     assert (torch.tensor([1e-40]) * 0.5 > 0).all()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiled_always")
-def test_sizes_share_a_graph() -> None:
-    """Not one for every shape: at most one for sizes in general, and one each for 1 and 16."""
+@pytest.mark.slow  # compiling takes most of a minute
+def test_compiled_passes_have_the_bits_of_the_plain_one(run_ranks: Callable) -> None:
+    run_ranks(1, _compare_compiled)
+
+
+def _count_graphs() -> None:
+    _compile_small_matrices()
     format = OperandFormat("nvfp4", "columns")
     torch._dynamo.reset()
     compiled._graph.cache_clear()
@@ -127,6 +129,12 @@ def test_sizes_share_a_graph() -> None:
             quantize_operand(x, format)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
     # Peaks, scales and values; those that see x twice, for the start of a storage and the rest.
+
+
+@pytest.mark.slow
+def test_sizes_share_a_graph(run_ranks: Callable) -> None:
+    """Not one for every shape: at most one for sizes in general, and one each for 1 and 16."""
+    run_ranks(1, _count_graphs)
 
 
 @pytest.mark.usefixtures("interpreted")

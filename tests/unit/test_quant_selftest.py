@@ -1,5 +1,6 @@
 """The self-test of the quantiser: what it knows is right, and every fault stops the run."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -54,8 +55,8 @@ def _compiled() -> None:
 @pytest.mark.slow
 def test_compiled_code_passes(run_ranks: Callable) -> None:
     """In a process of its own: one that compiles in a backward pass cannot fork others."""
-    if not compiled.takes(torch.empty(len(SIGNS), MANY)):
-        pytest.skip("torch.compile finds no compiler here")
+    if not shutil.which("g++"):  # `compiled.takes` would compile
+        pytest.skip("no C++ compiler here")
     run_ranks(1, _compiled)
 
 
