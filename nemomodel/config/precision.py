@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -89,10 +89,14 @@ def describe(config: Config) -> list[dict[str, Any]]:
 def _by_format(config: Config, phase: Phase) -> dict[str, dict[str, int]]:
     """Format -> role -> number of layers."""
     found: dict[str, Counter[str]] = {}
-    for place in places(config.model):
-        format = phase.format(place) or config.precision.weights
-        found.setdefault(format, Counter())[place.role.value] += 1
+    for place, format in zip(places(config.model), _formats(config, phase), strict=True):
+        found.setdefault(format or config.precision.weights, Counter())[place.role.value] += 1
     return {format: dict(roles) for format, roles in found.items()}
+
+
+def _formats(config: Config, phase: Phase) -> list[str | None]:
+    """Of every linear layer; what two phases with the same ones do is the same."""
+    return [phase.format(place) for place in places(config.model)]
 
 
 def problems(config: Config) -> Iterator[str]:
@@ -120,6 +124,7 @@ def _selection(config: Config, phase: Phase) -> Iterator[str]:
         return any(recipe.format(place, last_layers=last_layers) for place in places(config.model))
 
     if selects(last):
+        yield from _ablation(config, phase, recipe.ablates)
         return
     possible = [n for n in range(number) if selects(n)]
     if last is not None and possible:
@@ -133,6 +138,15 @@ def _selection(config: Config, phase: Phase) -> Iterator[str]:
         yield (
             f"{phase.key}.recipe={phase.name!r} selects no linear layer of model.layer_pattern="
             f"{config.model.layer_pattern!r}; use {other}, or {phase.key}.recipe='bf16'"
+        )
+
+
+def _ablation(config: Config, phase: Phase, ablated: str | None) -> Iterator[str]:
+    """An ablation of what this model does not have."""
+    if ablated and _formats(config, phase) == _formats(config, replace(phase, name=ablated)):
+        yield (
+            f"{phase.key}.recipe={phase.name!r} is the same as {ablated!r} with this model; "
+            f"use {phase.key}.recipe={ablated!r}"
         )
 
 
@@ -161,10 +175,10 @@ def _sequence(config: Config, found: tuple[Phase, ...]) -> Iterator[str]:
                 f"{key} leaves no step to {before.key}: both begin with step {phase.first_step}, "
                 f"of {batch} tokens; use at least {before.first_step * batch - batch + 1}"
             )
-        elif (phase.name, phase.last_layers) == (before.name, before.last_layers):
+        elif _formats(config, phase) == _formats(config, before):
             yield (
-                f"{phase.key} has no effect: {before.key} has the same recipe {phase.name!r}; "
-                "remove it, or use another recipe"
+                f"{phase.key} has no effect: every layer has the format that it has with "
+                f"{before.key}.recipe={before.name!r}; remove it, or use another recipe"
             )
 
 
@@ -201,3 +215,16 @@ def _statistics(config: Config, found: tuple[Phase, ...]) -> Iterator[str]:
         )
     elif interval > config.train.steps:
         yield f"{key} is never reached: train.steps={config.train.steps}; use at most that"
+    elif not any(_sampled(config, found, interval)):
+        yield (
+            f"{key} has no effect: nothing is quantised in those of train.steps="
+            f"{config.train.steps} that it divides; use a smaller one"
+        )
+
+
+def _sampled(config: Config, found: tuple[Phase, ...], interval: int) -> Iterator[bool]:
+    """Of every phase, whether it quantises in a step that the interval divides."""
+    ends = [phase.first_step for phase in found[1:]] + [config.train.steps + 1]
+    for phase, end in zip(found, ends, strict=True):
+        multiples = (end - 1) // interval - (phase.first_step - 1) // interval
+        yield phase.recipe is not None and multiples > 0

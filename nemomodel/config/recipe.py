@@ -4,7 +4,7 @@ A format's name is explained, product by product and operand by operand, in quan
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Literal
@@ -81,6 +81,8 @@ class Recipe:
     """Share of the backbone's blocks in place of `first_layers`."""
     last_share: float = 0.0
     """Share of the backbone's blocks in place of `last_layers`."""
+    ablates: str | None = None
+    """The recipe that this one is with something left out or elsewhere."""
 
     def format(self, place: Place, *, last_layers: int | None = None) -> str | None:
         """Name of the format of a linear layer; None is BF16.
@@ -116,8 +118,21 @@ def _super(nvfp4: str = "nvfp4", out_proj: str = "mxfp8") -> Mapping[Role, str]:
 _SUPER = Recipe("nvfp4_super", _super(), last_share=0.15)
 
 
-def _ablation(what: str, nvfp4: str = "nvfp4", out_proj: str = "mxfp8") -> Recipe:
-    return replace(_SUPER, name=f"nvfp4_super_{what}", formats=_super(nvfp4, out_proj))
+def _ablation(
+    what: str,
+    nvfp4: str = "nvfp4",
+    out_proj: str = "mxfp8",
+    *,
+    first_share: float = _SUPER.first_share,
+    last_share: float = _SUPER.last_share,
+) -> Recipe:
+    return Recipe(
+        name=f"{_SUPER.name}_{what}",
+        formats=_super(nvfp4, out_proj),
+        first_share=first_share,
+        last_share=last_share,
+        ablates=_SUPER.name,
+    )
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -132,8 +147,8 @@ RECIPES: Mapping[str, Recipe] = {
         _ablation("no_rht", "nvfp4_no_rht"),
         _ablation("no_sr", "nvfp4_no_sr"),
         _ablation("no_2d", "nvfp4_no_2d"),
-        replace(_SUPER, name="nvfp4_super_all_layers", last_share=0.0),
-        replace(_SUPER, name="nvfp4_super_first_layers", first_share=0.15, last_share=0.0),
+        _ablation("all_layers", last_share=0.0),
+        _ablation("first_layers", first_share=0.15, last_share=0.0),
         _ablation("fp4_out_proj", out_proj="nvfp4"),
         # Some products or operands alone.
         _ablation("weights_only", "nvfp4_weights_only", "mxfp8_weights_only"),

@@ -423,8 +423,36 @@ def test_phases_begin_with_the_step_whose_first_token_is_that_far() -> None:
         ),
         (
             phases('{from_tokens = 9, recipe = "nvfp4"}'),
-            "precision.phases.0 has no effect: precision has the same recipe 'nvfp4'; "
-            "remove it, or use another recipe",
+            "precision.phases.0 has no effect: every layer has the format that it has with "
+            "precision.recipe='nvfp4'; remove it, or use another recipe",
+        ),
+        (
+            phases('{from_tokens = 9, recipe = "nvfp4", bf16_last_layers = 0}'),
+            "precision.phases.0 has no effect: every layer has the format that it has with "
+            "precision.recipe='nvfp4'; remove it, or use another recipe",
+        ),
+        (
+            (
+                "precision.recipe=nvfp4_super_fp4_out_proj",
+                "precision.bf16_last_layers=0",
+                "model.layer_pattern=-E*-E*",
+                "model.mamba=none",
+            ),
+            "precision.recipe='nvfp4_super_fp4_out_proj' is the same as 'nvfp4_super' with this "
+            "model; use precision.recipe='nvfp4_super'",
+        ),
+        (
+            ("precision.recipe=nvfp4_super_all_layers", "precision.bf16_last_layers=2"),
+            "precision.recipe='nvfp4_super_all_layers' is the same as 'nvfp4_super' with this "
+            "model; use precision.recipe='nvfp4_super'",
+        ),
+        (
+            (
+                *phases('{from_tokens = 100000, recipe = "bf16"}'),
+                "observe.quantization_interval=50",
+            ),
+            "observe.quantization_interval=50 has no effect: nothing is quantised in those of "
+            "train.steps=400 that it divides; use a smaller one",
         ),
         (
             phases('{from_tokens = 9, recipe = "bf16", bf16_last_layers = 2}'),
