@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemomodel.ops.precision import accumulator, wide
 from nemomodel.ops.product import product
-from nemomodel.ops.wgrad import deliver_grad
+from nemomodel.ops.wgrad import accumulate_grad, deliver_grad
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -80,8 +80,10 @@ class _Embedding(torch.autograd.Function):
         unique, place = rows.unique(return_inverse=True)
         dw_rows = dy.new_zeros(len(unique), dy.shape[-1], dtype=accumulator(dy.dtype))
         dw_rows.index_add_(0, place, dy.flatten(0, -2).to(dw_rows.dtype))
-        dw = torch.zeros(weight.shape, dtype=dw_rows.dtype, device=dy.device)
-        return None, deliver_grad(weight, dw.index_copy_(0, unique, dw_rows))
+        # The table may be the largest weight there is: nothing else of its size.
+        return None, accumulate_grad(
+            weight, lambda dw: dw.index_add_(0, unique, dw_rows.to(dw.dtype))
+        )
 
 
 class _TakeRows(torch.autograd.Function):

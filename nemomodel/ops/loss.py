@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemomodel.ops.precision import accumulator
 from nemomodel.ops.product import product
-from nemomodel.ops.wgrad import deliver_grad
+from nemomodel.ops.wgrad import accumulate_grad
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 """Tokens whose FP32 logits exist at one time: a CPU's fit its cache, a GPU's fill its cores."""
@@ -102,10 +102,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total, _):
         dw, *d_hiddens = ctx.saved_tensors
+        d_weight = None
         if dw is not None:
-            dw = deliver_grad(ctx.weight, dw * d_total)
+            d_weight = accumulate_grad(ctx.weight, lambda grad: grad.addcmul_(dw, d_total))
         scaled = (d * d_total.to(d.dtype) if d is not None else None for d in d_hiddens)
-        return dw, None, None, None, None, *scaled
+        return d_weight, None, None, None, None, *scaled
 
 
 def _own_rows(

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nemomodel.ops.precision import accumulator
+
 
 def deliver_grad(weight: Tensor, grad: Tensor) -> Tensor | None:
     """Hand `grad` to `weight`, and return what `backward` returns for it.
@@ -27,10 +29,10 @@ def deliver_grad(weight: Tensor, grad: Tensor) -> Tensor | None:
 
 
 def accumulate_grad(weight: Tensor, add: Callable[[Tensor], None]) -> Tensor | None:
-    """`deliver_grad` for a product that adds to an FP32 buffer in weight's shape by itself."""
+    """`deliver_grad` for what adds to a wide buffer in weight's shape by itself."""
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
-        grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad = torch.zeros(weight.shape, dtype=accumulator(weight.dtype), device=weight.device)
         add(grad)
         return grad.to(weight.dtype)
     add(main_grad)
