@@ -1,5 +1,6 @@
 """Number formats as plain data: elements, and blocks of elements that share a scale."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -76,3 +77,24 @@ class BDRFormat:
 MX9 = BDRFormat("MX9", 7)
 MX6 = BDRFormat("MX6", 4)
 MX4 = BDRFormat("MX4", 2)
+
+BY_NAME: Mapping[str, MXFormat | BDRFormat] = {
+    format.name: format
+    for format in (
+        *(MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXFP8_E5M2, MXINT8),
+        *(MX9, MX6, MX4),
+    )
+}
+
+
+def lookup[F: (MXFormat, BDRFormat)](format: F | str, kind: type[F]) -> F:
+    """A format itself, or that of a name.
+
+    Raises:
+        ValueError: it is no format of this kind.
+    """
+    found = BY_NAME.get(format) if isinstance(format, str) else format
+    if not isinstance(found, kind):
+        names = ", ".join(name for name, each in BY_NAME.items() if isinstance(each, kind))
+        raise ValueError(f"format={format!r}: use one of {names}")
+    return found

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nemomodel.quant.formats import BDRFormat, Element, MXFormat
+from nemomodel.quant.formats import BDRFormat, Element, MXFormat, lookup
 from nemomodel.quant.rounding import (
     FP32_MANTISSA_BITS,
     Rounding,
@@ -41,7 +41,7 @@ class SharedExponentTensor:
 
 def quantize_mx(
     x: Tensor,
-    format: MXFormat,
+    format: MXFormat | str,
     scale_rule: ScaleRule = "floor",
     rounding: Rounding = "nearest",
     *,
@@ -50,6 +50,8 @@ def quantize_mx(
     """Quantise x [..., K] in blocks along K.
 
     Args:
+        format: of `quant.formats`, or its name: MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3,
+            MXFP8_E5M2, MXINT8.
         scale_rule: the exponent of a block from its largest magnitude a, with e_max that of the
             element format: floor(log2 a) - e_max (OCP; elements may saturate); the same of a
             rounded to the element's mantissa (even); ceil(log2 a) - e_max; or
@@ -58,8 +60,10 @@ def quantize_mx(
         seed: of stochastic rounding.
 
     Raises:
-        ValueError: x has infinities or NaN, no floating dtype, or no dimension; an unknown rule.
+        ValueError: x has infinities or NaN, no floating dtype, or no dimension; an unknown rule or
+            format.
     """
+    format = lookup(format, MXFormat)
     if scale_rule not in SCALE_RULES:
         raise ValueError(f"scale_rule={scale_rule!r}: use one of {', '.join(SCALE_RULES)}")
     tiles = to_tiles(as_matrix(x), (1, format.block_size)).float()
@@ -86,14 +90,18 @@ def encode_mx(
 
 
 def quantize_bdr(
-    x: Tensor, format: BDRFormat, rounding: Rounding = "nearest", *, seed: int = 0
+    x: Tensor, format: BDRFormat | str, rounding: Rounding = "nearest", *, seed: int = 0
 ) -> SharedExponentTensor:
     """Quantise x [..., K] with shared microexponents: pairs all of whose values are below the
     power of two of their block use half of it, and so half the step.
 
+    Args:
+        format: of `quant.formats`, or its name: MX9, MX6, MX4.
+
     Raises:
         ValueError: as `quantize_mx`.
     """
+    format = lookup(format, BDRFormat)
     tiles = to_tiles(as_matrix(x), (1, format.block_size)).float()
     shared = _floor_log2(tile_amax(tiles))
     pairs = tiles.unflatten(-1, (-1, format.pair_size))

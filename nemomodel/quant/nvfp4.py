@@ -86,11 +86,11 @@ def quantize_nvfp4(
         ValueError: x has infinities or NaN, another dtype, or no dimension; an unknown block; an
             amax that is no finite magnitude.
     """
-    if tuple(block) not in BLOCKS:
+    if block not in BLOCKS:
         raise ValueError(f"block={block}: use one of {', '.join(map(str, BLOCKS))}")
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding={rounding!r}: use 'nearest' or 'stochastic'")
-    tiles = to_tiles(as_matrix(x), tuple(block)).float()
+    tiles = to_tiles(as_matrix(x), block).float()
     if amax is None:
         amax = tiles.abs().amax() if x.numel() else tiles.new_zeros(())
     else:
@@ -104,7 +104,7 @@ def quantize_nvfp4(
         packed=_pack(round_values(scaled, E2M1, key), scaled),
         scales=scales.squeeze((1, 3)).to(torch.float8_e4m3fn),
         amax=amax,
-        block=tuple(block),
+        block=block,
         shape=tuple(x.shape),
     )
 

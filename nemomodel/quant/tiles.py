@@ -11,9 +11,11 @@ def as_matrix(x: Tensor) -> Tensor:
     """x [..., K] as [M, K].
 
     Raises:
-        ValueError: x has infinities or NaN, another dtype than BF16, FP16 and FP32, or no
-            dimension.
+        ValueError: x is no tensor, has infinities or NaN, another dtype than BF16, FP16 and FP32,
+            or no dimension.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x is a {type(x).__name__}; use a BF16, FP16 or FP32 tensor")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not x.dim():
         raise ValueError(
             f"x is {x.dtype} of shape {list(x.shape)}; use a BF16, FP16 or FP32 matrix"

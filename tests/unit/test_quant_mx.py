@@ -176,6 +176,22 @@ def test_shapes_and_faults_of_the_input(quantize, fmt):
         quantize(x, fmt, rounding="up")
 
 
+def test_a_format_has_a_name():
+    x = normal(4, 64)
+    by_name = quantize_mx(x, "MXFP8_E4M3", "rceil").dequantize()
+    assert torch.equal(by_name, quantize_mx(x, formats.MXFP8_E4M3, "rceil").dequantize())
+    by_name = quantize_bdr(x, "MX6").dequantize()
+    assert torch.equal(by_name, quantize_bdr(x, formats.MX6).dequantize())
+
+
+@pytest.mark.parametrize("bad", ["mxfp8", formats.MX9, formats.E4M3, None])
+def test_what_is_no_format_is_an_error(bad: object):
+    with pytest.raises(ValueError, match=r"format=.* use one of MXFP4, MXFP6_E2M3, .*, MXINT8$"):
+        quantize_mx(normal(2, 32), bad)
+    with pytest.raises(ValueError, match=r"format=.*: use one of MX9, MX6, MX4$"):
+        quantize_bdr(normal(2, 32), formats.MXFP4)
+
+
 def test_an_unknown_scale_rule_is_an_error():
     with pytest.raises(ValueError, match="scale_rule="):
         quantize_mx(normal(2, 32), formats.MXFP4, "round")

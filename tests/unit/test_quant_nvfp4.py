@@ -262,6 +262,10 @@ def test_other_faults_of_the_input_are_errors():
         quantize_nvfp4(torch.tensor(1.0))
     with pytest.raises(ValueError, match="block="):
         quantize_nvfp4(normal(4, 16), block=(2, 16))
+    with pytest.raises(ValueError, match=r"block=16: use one of \(1, 16\)"):
+        quantize_nvfp4(normal(4, 16), block=16)
+    with pytest.raises(ValueError, match="x is a list"):
+        quantize_nvfp4([[1.0, 2.0]])
     with pytest.raises(ValueError, match="rounding="):
         quantize_nvfp4(normal(4, 16), rounding="up")
 
