@@ -9,6 +9,7 @@ from typing import Any
 from nemomodel.config import precision
 from nemomodel.config.checks import rank_problems
 from nemomodel.config.help import help_text
+from nemomodel.config.layout import fewest_ranks
 from nemomodel.config.load import ConfigError, load_config
 from nemomodel.config.schema import Config
 
@@ -21,7 +22,6 @@ def description(config: Config, ranks: int | None) -> dict[str, Any]:
     """
     from nemomodel.model.count import describe
     from nemomodel.model.layout import describe_layout
-    from nemomodel.model.portion import fewest_ranks
 
     if ranks is None:
         ranks = int(os.environ.get("WORLD_SIZE", fewest_ranks(config)))

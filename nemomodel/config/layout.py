@@ -1,5 +1,6 @@
 """Rules of the parallel layout. Each yields one sentence per problem, as in `checks`."""
 
+import math
 from collections.abc import Iterator
 
 from nemomodel.config.pattern import CUT, LayerKind
@@ -102,14 +103,20 @@ def _cut_widths(config: Config, role: Role) -> tuple[str, list[int]]:
 
 def layout_rank_problems(config: Config, world_size: int) -> Iterator[str]:
     """Rules that need the number of ranks."""
-    p = config.parallel
+    p, fewest = config.parallel, fewest_ranks(config)
     dense, expert = p.tp * p.cp * p.pp, p.etp * p.ep * p.pp
     for name, ranks in (("tp*cp*pp", dense), ("etp*ep*pp", expert)):
         if world_size % ranks:
             yield (
                 f"parallel: {name}={ranks} does not divide WORLD_SIZE={world_size}; "
-                f"use a multiple of {ranks} ranks, or a smaller product"
+                f"use a multiple of {fewest} ranks, or a smaller product"
             )
+
+
+def fewest_ranks(config: Config) -> int:
+    """The smallest number of ranks that the degrees of `config.parallel` allow."""
+    p = config.parallel
+    return p.pp * math.lcm(p.tp * p.cp, p.etp * p.ep)
 
 
 def _cuts(config: Config) -> Iterator[str]:

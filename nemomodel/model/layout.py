@@ -5,10 +5,11 @@ Numbers are those of one rank; the ranks of a stage are alike.
 
 from typing import Any
 
+from nemomodel.config.layout import fewest_ranks
 from nemomodel.config.pattern import LayerKind
 from nemomodel.config.schema import Config
 from nemomodel.model.count import block_flops
-from nemomodel.model.portion import FP32, INT64, Portion, fewest_ranks
+from nemomodel.model.portion import FP32, INT64, Portion
 from nemomodel.model.traffic import step_traffic
 from nemomodel.parallel.stage import Stage
 

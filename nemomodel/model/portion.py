@@ -138,12 +138,6 @@ class Portion:
         return not name.endswith(UNCUT)
 
 
-def fewest_ranks(config: Config) -> int:
-    """The smallest number of ranks that the degrees of `config.parallel` allow."""
-    p = config.parallel
-    return p.pp * math.lcm(p.tp * p.cp, p.etp * p.ep)
-
-
 def _is_on(stage: Stage, name: str) -> bool:
     part, index, *_ = name.split(".")
     if part == "blocks":

@@ -28,7 +28,9 @@ def install() -> None:
         import megatron.core
         import megatron.core.dist_checkpointing
         import megatron.core.optimizer
-        import megatron.core.pipeline_parallel.schedules  # noqa: F401
+        import megatron.core.pipeline_parallel.schedules
+    if not torch.cuda.is_available():
+        megatron.core.optimizer.clip_grads.l2_norm_impl = _l2_norm
 
 
 def _patch_torch() -> None:
@@ -78,6 +80,24 @@ def _type(type_of: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return type_
+
+
+NORM_ROW = 1024
+"""Numbers whose squares are added up one after another."""
+
+
+def _l2_norm(
+    chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool
+) -> tuple[Tensor, None]:
+    """For the gradient norm, FP32 [1]. PyTorch's norm of a CPU adds all squares one after another
+    in FP32: 1e-6 off for 2^18 numbers, 0.5 % for 2^26, and so another one in every layout."""
+    norms = []
+    for tensor in tensor_lists[0]:
+        flat = tensor.flatten()
+        whole = len(flat) // NORM_ROW * NORM_ROW
+        norms.append(torch.linalg.vector_norm(flat[:whole].view(-1, NORM_ROW), dim=1))
+        norms.append(torch.linalg.vector_norm(flat[whole:]).view(1))
+    return torch.linalg.vector_norm(torch.cat(norms).double()).float().view(1), None
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemomodel.config.layout import fewest_ranks
 from nemomodel.config.load import load_config
 from nemomodel.config.schema import Config
 from nemomodel.model.layout import describe_layout
 from nemomodel.model.nemotron import DTYPES, Nemotron
-from nemomodel.model.portion import Portion, fewest_ranks
+from nemomodel.model.portion import Portion
 from nemomodel.model.traffic import pipeline_bytes, step_traffic
 from nemomodel.parallel.mesh import Axis, Mesh
 from nemomodel.parallel.shard import is_expert
