@@ -4,10 +4,11 @@
         [--recipes nvfp4_super,nvfp4] [--seeds 1,2,3]
 
 Every recipe is trained once per seed; a seed names the initial weights, the order of the data and
-the random bits. What is compared is the relative gap (loss - loss_bf16) / loss_bf16 within a seed.
-Complete runs are not repeated: the same command goes on where an earlier one stopped, and more
-recipes or seeds may be added to it. The output folder gets study.md, study.json, study.csv and,
-where matplotlib is installed, study.png, anew after every run; runs are in its folder runs.
+the random bits. A run has its recipe from the first step to the last: precision.phases of the
+config do not count. What is compared is the relative gap (loss - loss_bf16) / loss_bf16 within a
+seed. Complete runs are not repeated: the same command goes on where an earlier one stopped, and
+more recipes or seeds may be added to it. The output folder gets study.md, study.json, study.csv
+and, where matplotlib is installed, study.png, anew after every run; runs are in its folder runs.
 """
 
 import argparse
@@ -34,7 +35,13 @@ NUM_WINDOWS = 20
 """Pieces of a run over which a point of its curve is averaged."""
 LINE_INTERVAL = 10.0
 """Seconds between console lines of a run."""
-OWN_KEYS = ("run.dir", "run.seed", "precision.recipe")
+OWN_KEYS = ("run.dir", "run.seed", "precision.recipe", "precision.phases")
+PLAIN = (
+    "precision.bf16_last_layers=none",
+    "precision.executor=emulated",
+    "observe.quantization_interval=none",
+)
+"""How to quantise, and what to see of it: without effect where nothing is quantised."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +160,14 @@ def usable(args: argparse.Namespace) -> list[str]:
 def make_run(args: argparse.Namespace, recipe: str, seed: int) -> Run:
     folder = args.output / "runs" / f"{recipe}_seed{seed}"
     defaults = ("observe.log_interval=1", "observe.tensorboard=false", "checkpoint.keep=1")
-    own = (f"run.dir={json.dumps(str(folder))}", f"run.seed={seed}", f"precision.recipe={recipe}")
-    # How to quantise has no effect where nothing is quantised.
-    plain = recipe not in RECIPES
-    given = [o for o in args.overrides if not (plain and o.startswith("precision."))]
-    return Run(recipe, seed, load_config(args.config, [*defaults, *given, *own]))
+    own = (
+        f"run.dir={json.dumps(str(folder))}",
+        f"run.seed={seed}",
+        f"precision.recipe={recipe}",
+        "precision.phases=[]",
+        *(() if recipe in RECIPES else PLAIN),
+    )
+    return Run(recipe, seed, load_config(args.config, [*defaults, *args.overrides, *own]))
 
 
 def check_settings(run: Run) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemomodel.config.pattern import LayerKind
 from nemomodel.config.recipe import RECIPES, Place, Recipe, Role, roles_of
-from nemomodel.config.schema import Config, ModelConfig
+from nemomodel.config.schema import Config, ModelConfig, PhaseConfig
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,23 @@ def phases(config: Config) -> tuple[Phase, ...]:
             phase.from_tokens,
             1 + math.ceil(phase.from_tokens / step_tokens),
             phase.recipe,
-            phase.bf16_last_layers,
+            _last_layers(config, phase),
         )
         for i, phase in enumerate(config.precision.phases)
     )
+
+
+def _last_layers(config: Config, phase: PhaseConfig) -> int | None:
+    """Its own number, else that of the section, where there is something to quantise."""
+    if phase.bf16_last_layers is None and phase.recipe in RECIPES:
+        return config.precision.bf16_last_layers
+    return phase.bf16_last_layers
+
+
+def _inherited(config: Config) -> bool:
+    """Whether a phase takes the section's number of last layers."""
+    phases = config.precision.phases
+    return any(p.bf16_last_layers is None and p.recipe in RECIPES for p in phases)
 
 
 def places(model: ModelConfig) -> Iterator[Place]:
@@ -113,7 +126,7 @@ def _selection(config: Config, phase: Phase) -> Iterator[str]:
     """A recipe or a number of layers that has no effect in this model."""
     recipe, last, number = phase.recipe, phase.last_layers, len(config.model.layers)
     if recipe is None:
-        if last is not None:
+        if last is not None and not (phase.first_step == 1 and _inherited(config)):
             yield (
                 f"{phase.key}.bf16_last_layers={last} has no effect with {phase.key}.recipe="
                 f"{phase.name!r}; remove it, or use a recipe that quantises"

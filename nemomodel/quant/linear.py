@@ -217,9 +217,9 @@ def first_not_finite(layers: Iterable[QuantizedLinear]) -> str | None:
     """Which operand of this step was the first with infinities or NaN, of layers in the order of
     the forward pass; None: every one was finite. Waits for the device once."""
     layers = list(layers)
-    forward = [(layer, name) for layer in layers for name in ("x", "weight")]
-    names = ("dy", "dy along tokens", "x along tokens")
-    backward = [(layer, name) for layer in reversed(layers) for name in names]
+    # What wgrad sees of x was there before any dy, and may be all that is quantised of x.
+    forward = [(layer, name) for layer in layers for name in ("x", "weight", "x along tokens")]
+    backward = [(layer, name) for layer in reversed(layers) for name in ("dy", "dy along tokens")]
     seen = [(layer, name) for layer, name in forward + backward if name in layer.amax]
     if not seen:
         return None

@@ -384,6 +384,18 @@ def test_phases_begin_with_the_step_whose_first_token_is_that_far() -> None:
     ]
 
 
+def test_a_phase_has_the_last_layers_of_the_section_or_its_own() -> None:
+    tables = (
+        '{from_tokens = 2048, recipe = "mxfp8"}',
+        '{from_tokens = 4096, recipe = "mxfp8", bf16_last_layers = 0}',
+        '{from_tokens = 6144, recipe = "bf16"}',
+    )
+    for recipe, first in (("nvfp4", 2), ("bf16", 2)):
+        overrides = (f"precision.recipe={recipe}", "precision.bf16_last_layers=2")
+        found = precision.phases(load(*overrides, phases(*tables)[1]))
+        assert [p.last_layers for p in found] == [first, 2, 0, None]
+
+
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
@@ -626,7 +638,7 @@ def test_layouts_need_their_ranks() -> None:
     assert list(rank_problems(config, 8)) == []
     assert list(rank_problems(config, 6)) == [
         "parallel: tp*cp*pp=4 does not divide WORLD_SIZE=6; "
-        "use a multiple of 4 ranks, or a smaller product",
+        "use a multiple of 8 ranks, or a smaller product",
         "parallel: etp*ep*pp=8 does not divide WORLD_SIZE=6; "
         "use a multiple of 8 ranks, or a smaller product",
     ]

@@ -229,6 +229,18 @@ def test_the_first_operand_that_is_not_finite_is_named(where: str, bad: float) -
     assert first_not_finite(layers) is None
 
 
+def test_an_input_that_only_wgrad_quantises_is_named_before_what_it_led_to() -> None:
+    x = draw(32, 48, seed=1).requires_grad_()
+    x.data[5, 7] = float("nan")
+    format = LINEAR_FORMATS["nvfp4_backward_only"]
+    layers = [QuantizedLinear(format, name=name, seed=0) for name in ("first", "last")]
+    for i, layer in enumerate(layers):
+        layer.begin(1, 0)
+        x = layer(x, nn.Parameter(draw(48, 48, seed=i)))
+    x.sum().backward()
+    assert first_not_finite(layers) == "first: x along tokens"
+
+
 def test_bits_are_those_of_the_micro_batch_of_the_forward_pass() -> None:
     """Pipelines begin the next micro-batch before the backward pass of one."""
     weight, dy = nn.Parameter(draw(64, 48, seed=2)), draw(32, 64, seed=3)

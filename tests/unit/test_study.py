@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemomodel.config.load import config_to_dict
+from nemomodel.config.precision import phases
 from nemomodel.observe.comparison import Comparison, Outcome
 from nemomodel.observe.environment import write_run_files
 from tests.ranks.test_train import write_config
@@ -107,6 +108,22 @@ def test_bad_arguments_are_named_before_anything_runs(
     assert study(tmp_path, *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
+
+
+def test_a_run_has_its_recipe_and_no_other(tmp_path: Path) -> None:
+    """Whatever the config says of how to quantise, and of phases."""
+    config = write_config(tmp_path)
+    phase = '{from_tokens = 200, recipe = "nvfp4_super"}'
+    own = f"[precision]\nbf16_last_layers = 1\nphases = [{phase}]\n"
+    config.write_text(config.read_text().replace("[precision]\n", own))
+    sampling = "observe.quantization_interval=2"
+    args = parse_args([str(config), *TINY, sampling, "--output", str(tmp_path / "study")])
+    plain, quantised = (make_run(args, recipe, seed=1).config for recipe in ("bf16", "mxfp8"))
+    assert [str(phase) for phase in phases(plain)] == ["recipe bf16, from 0 tokens"]
+    (phase,) = phases(quantised)
+    assert (phase.name, phase.last_layers) == ("mxfp8", 1)
+    assert plain.observe.quantization_interval is None
+    assert quantised.observe.quantization_interval == 2
 
 
 def test_other_settings_need_another_folder(
