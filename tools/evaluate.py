@@ -313,8 +313,15 @@ def set_up_torch(args: argparse.Namespace) -> None:
 
 def check_output(name: str | None) -> None:
     """Before any work: an evaluation may take hours, and its result needs a place."""
-    if name and name != "-" and not Path(name).absolute().parent.is_dir():
+    if not name or name == "-":
+        return
+    path = Path(name).absolute()
+    if path.is_dir():
+        raise ValueError(f"--json={name}: is a folder; give a file")
+    if not path.parent.is_dir():
         raise ValueError(f"--json={name}: its folder does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--json={name}: its folder cannot be written to")
 
 
 def write_json(name: str, result: dict[str, Any]) -> None:

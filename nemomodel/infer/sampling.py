@@ -26,6 +26,11 @@ class Sampling:
             raise ValueError(f"temperature={self.temperature}: must be at least 0 and finite")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
+        if not self.temperature and self.top_p != 1:
+            raise ValueError(
+                f"top_p={self.top_p} has no effect with temperature=0, which draws nothing; "
+                "give a temperature above 0"
+            )
 
 
 class Chooser(Protocol):

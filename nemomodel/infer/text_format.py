@@ -1,5 +1,6 @@
 """From text to tokens and back, as the files of a checkpoint say."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,8 +81,10 @@ def tokenizer_file(checkpoint: Path | str, given: Path | str | None) -> Path:
     """`given`, else the tokenizer.json that lies with the checkpoint.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or no checkpoint.
     """
+    if not Path(checkpoint).exists():
+        raise ValueError(f"{checkpoint}: no such folder")
     path = Path(given) if given else find_tokenizer(checkpoint)
     if path is None:
         raise ValueError(f"{checkpoint}: no tokenizer.json lies there; give --tokenizer FILE")
@@ -91,14 +94,22 @@ def tokenizer_file(checkpoint: Path | str, given: Path | str | None) -> Path:
 def context_length(checkpoint: Path | str) -> int:
     """Positions the model was made for: max_position_embeddings of a Hugging Face config, also of
     the one a checkpoint was imported from, else train.seq_length, else 2,048.
+
+    Raises:
+        ValueError: what a config.json says is no number of positions.
     """
     path = Path(checkpoint)
     folder = path if is_hf_folder(path) else find_carried(path)
     if folder and (folder / CONFIG).is_file():
         found = read_json(folder, CONFIG).get("max_position_embeddings")
+        if found is not None and (type(found) is not int or found < 1):
+            raise ValueError(
+                f"{folder / CONFIG}: max_position_embeddings={json.dumps(found)}: "
+                "is no number of positions"
+            )
     else:
         found = read_config(path).get("train", {}).get("seq_length")
-    return int(found or DEFAULT_CONTEXT_LENGTH)
+    return found or DEFAULT_CONTEXT_LENGTH
 
 
 def _bos_token(folder: Path) -> str | None:

@@ -52,7 +52,7 @@ def parse_settings(gen_kwargs: Mapping[str, Any], *, default_max_new_tokens: int
     top_p = float(gen_kwargs.get("top_p", 1.0))
     limits = (gen_kwargs.get(key) for key in MAX_TOKENS_KEYS)
     limit = next((int(n) for n in limits if n is not None), default_max_new_tokens)
-    if do_sample is False:
+    if do_sample is False or not temperature:  # tasks state top_p beside it
         temperature, top_p = 0.0, 1.0
     return Settings(tuple(text for text in until if text), limit, temperature, top_p)
 

@@ -257,6 +257,20 @@ def test_padding_is_removed(folder: Path, convert: Callable[..., int], tmp_path:
     assert convert("verify", tmp_path / "carried", checkpoint, "--vocab-size", "97") == 1
 
 
+def test_the_token_that_ends_a_text_keeps_its_row(
+    folder: Path, convert: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (*folder.glob("tokenizer*"), folder / "generation_config.json"):
+        file.unlink(missing_ok=True)
+    change_json(folder / "config.json", lambda raw: raw.update(eos_token_id=[3, 9]))
+    assert convert("import", folder, tmp_path / "ckpt") == 0
+    assert convert("export", tmp_path / "ckpt", tmp_path / "back", "--vocab-size", "9") == 2
+    assert "vocab_size=9: token 9 ends a text" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+    assert convert("export", tmp_path / "ckpt", tmp_path / "back", "--vocab-size", "10") == 0
+    assert convert("import", tmp_path / "back", tmp_path / "again") == 0
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [("98", "has 97 rows"), ("0", "has 97 rows"), ("80", "has tokens up to id 89")],

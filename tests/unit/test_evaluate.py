@@ -273,6 +273,8 @@ def check_errors(
         "its folder does not exist": (
             *("perplexity", run, "--data", prefix, "--json", f"{path}/no/result.json"),
         ),
+        "is a folder; give a file": ("perplexity", run, "--data", prefix, "--json", str(path)),
+        "no_run: no such folder": ("perplexity", f"{path}/no_run", "--text", f"{path}/a.txt"),
         "4 lines are wrong": ("acceptance", run, "--prompts", f"{path}/bad.jsonl"),
         "names.jsonl:1: 'category' is 3": ("acceptance", run, "--prompts", f"{path}/names.jsonl"),
         "top_p=0": (*("acceptance", run, "--prompts", f"{path}/prompts.jsonl", "--top-p", "0"),),

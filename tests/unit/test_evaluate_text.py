@@ -62,6 +62,14 @@ def test_tokenizers_that_do_not_fit_are_named(folder: Path) -> None:
         TextFormat.of(folder, moved)
 
 
+@pytest.mark.parametrize("wrong", ["long", -5, 0, 2.5, True])
+def test_a_wrong_context_length_names_its_file(folder: Path, wrong: object) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": wrong}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config.json: max_position_embeddings=.* no number of"):
+        context_length(folder)
+
+
 def test_context_length_is_that_of_the_config(folder: Path) -> None:
     assert context_length(folder) == 4096
     write(folder / "config.json", model_type="nemotron_h")

@@ -256,6 +256,7 @@ def test_drafts_without_mtp_are_refused() -> None:
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 0.0}, "top_p=0.0: must be above 0"),
         ({"top_p": 1.1}, "top_p=1.1"),
+        ({"top_p": 0.9}, "top_p=0.9 has no effect with temperature=0"),
     ],
 )
 def test_sampling_out_of_range_is_refused(values: dict, message: str) -> None:

@@ -124,6 +124,7 @@ GIVEN = {
     "text": ({"until": "Q:", "max_gen_toks": 9}, (("Q:",), 9, 0.0, 1.0)),
     "alias": ({"max_new_tokens": 8, "num_beams": 1}, ((), 8, 0.0, 1.0)),
     "sample": ({"do_sample": True, "until": [""]}, ((), 64, 1.0, 1.0)),
+    "no temperature": ({"temperature": 0.0, "top_p": 0.95}, ((), 64, 0.0, 1.0)),
     "temperature": ({"temperature": 0.6, "top_p": 0.95}, ((), 64, 0.6, 0.95)),
 }
 

@@ -18,7 +18,12 @@ from nemomodel.checkpoint.huggingface.folder import (
     read_json,
 )
 from nemomodel.checkpoint.huggingface.names import Entry, Piece, plan, without_padding
-from nemomodel.checkpoint.huggingface.side_files import find_carried, find_tokenizer, num_tokens
+from nemomodel.checkpoint.huggingface.side_files import (
+    end_token_ids,
+    find_carried,
+    find_tokenizer,
+    num_tokens,
+)
 from nemomodel.checkpoint.weights import find_checkpoint
 from nemomodel.config.load import parse_model
 from nemomodel.config.schema import weight_format
@@ -68,7 +73,8 @@ class Checkpoint:
                 when not given, else all.
 
         Raises:
-            CheckpointError: there are not so many rows, or the tokenizer has more tokens.
+            CheckpointError: there are not so many rows, or the tokenizer has more tokens, or one
+                that ends a text would have no row.
         """
         rows = self.model.vocab_size
         size = self.original_config.get("vocab_size", rows) if vocab_size is None else vocab_size
@@ -78,6 +84,8 @@ class Checkpoint:
         if tokenizer and num_tokens(tokenizer) > size:
             last = num_tokens(tokenizer) - 1
             raise CheckpointError(f"vocab_size={size}: {tokenizer} has tokens up to id {last}")
+        if beyond := [end for end in end_token_ids(self.path) if end >= size]:
+            raise CheckpointError(f"vocab_size={size}: token {beyond[0]} ends a text")
         self.vocab_size = size
         self.entries = without_padding(self.entries, size)
 
