@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -155,22 +155,28 @@ def compare_time(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, flo
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     if abs(losses["ours"] - losses["transformers"]) > limit * losses["transformers"]:
         raise SystemExit(f"the two models disagree: {losses}")
+    return alternate(run, rounds)
+
+
+def alternate(run: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of each, all in turn; a first call that compiles comes before."""
     seconds: dict[str, list[float]] = {name: [] for name in run}
     for _ in range(rounds):
-        for name, step in run.items():
+        for name, call in run.items():
             start = time.process_time()
-            step()
+            call()
             seconds[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_memory(shape_name: str, dtype_name: str, which: str) -> float:
-    """MiB that two steps add to the resident set of a fresh process."""
-    command = [sys.executable, __file__, "--child", which, shape_name, dtype_name]
+def peak_memory(script: str, *arguments: str) -> float:
+    """MiB that `script --child ...` prints in a fresh process."""
+    command = [sys.executable, script, "--child", *arguments]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def child(which: str, shape_name: str, dtype_name: str) -> None:
+    """Print the MiB that two steps add to the resident set."""
     (step,) = steps(SHAPES[shape_name], DTYPES[dtype_name], which).values()
     before = peak_resident()
     step()
@@ -197,7 +203,7 @@ def print_comparison(shapes: list[str], dtypes: list[str], rounds: int) -> None:
     for shape in shapes:
         for dtype in dtypes:
             seconds = compare_time(SHAPES[shape], DTYPES[dtype], rounds)
-            memory = {w: peak_memory(shape, dtype, w) for w in ("ours", "transformers")}
+            memory = {w: peak_memory(__file__, w, shape, dtype) for w in ("ours", "transformers")}
             table.add_row(
                 shape,
                 dtype,

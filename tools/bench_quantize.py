@@ -12,15 +12,12 @@ resident set from before the model is built.
 
 import argparse
 import os
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench import SHAPES, Shape, build_ours, peak_resident
+from bench import SHAPES, Shape, alternate, build_ours, peak_memory, peak_resident
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -79,16 +76,10 @@ PEERS = {
 
 
 def measure(run: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each, alternating, after a call that compiles."""
-    seconds: dict[str, list[float]] = {name: [] for name in run}
+    """`alternate`, after a call of each that compiles."""
     for call in run.values():
         call()
-    for _ in range(rounds):
-        for name, call in run.items():
-            start = time.process_time()
-            call()
-            seconds[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return alternate(run, rounds)
 
 
 def print_operands(rounds: int) -> None:
@@ -149,13 +140,8 @@ def training_step(shape: Shape, recipe: str) -> Callable[[], Tensor]:
     return run
 
 
-def peak_memory(shape_name: str, recipe: str) -> float:
-    """MiB that model and steps add to the resident set of a fresh process."""
-    command = [sys.executable, __file__, "--child", shape_name, recipe]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 def child(shape_name: str, recipe: str) -> None:
+    """Print the MiB that model and steps add to the resident set."""
     # What the compiler takes is no memory of a step, and what it gives back serves both recipes.
     for format in OPERANDS:
         key = stream_key(0) if format.stochastic else None
@@ -180,7 +166,7 @@ def print_steps(shapes: list[str], rounds: int) -> None:
         steps = {recipe: training_step(SHAPES[name], recipe) for recipe in RECIPES}
         seconds = list(measure(steps, rounds).values())
         del steps
-        memory = [peak_memory(name, recipe) for recipe in RECIPES]
+        memory = [peak_memory(__file__, name, recipe) for recipe in RECIPES]
         table.add_row(
             name,
             *(f"{each:.3f}" for each in seconds),

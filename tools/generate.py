@@ -80,10 +80,9 @@ class Result:
 
 def run(args: argparse.Namespace) -> int:
     from nemomodel.infer.generate import Sampling, generate
-    from nemomodel.infer.loading import check_device, read_text
+    from nemomodel.infer.loading import check_checkpoint, check_device, read_text
 
-    if not Path(args.path).exists():
-        raise ValueError(f"{args.path}: no such folder")
+    check_checkpoint(args.path)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     prompts = [*args.prompt, *map(read_text, args.prompt_file)]
     prompts = prompts or [sys.stdin.read()]

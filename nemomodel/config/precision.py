@@ -49,23 +49,15 @@ def phases(config: Config) -> tuple[Phase, ...]:
             phase.from_tokens,
             1 + math.ceil(phase.from_tokens / step_tokens),
             phase.recipe,
-            _last_layers(config, phase),
+            config.precision.bf16_last_layers if _inherits(phase) else phase.bf16_last_layers,
         )
         for i, phase in enumerate(config.precision.phases)
     )
 
 
-def _last_layers(config: Config, phase: PhaseConfig) -> int | None:
-    """Its own number, else that of the section, where there is something to quantise."""
-    if phase.bf16_last_layers is None and phase.recipe in RECIPES:
-        return config.precision.bf16_last_layers
-    return phase.bf16_last_layers
-
-
-def _inherited(config: Config) -> bool:
+def _inherits(phase: PhaseConfig) -> bool:
     """Whether a phase takes the section's number of last layers."""
-    phases = config.precision.phases
-    return any(p.bf16_last_layers is None and p.recipe in RECIPES for p in phases)
+    return phase.bf16_last_layers is None and phase.recipe in RECIPES
 
 
 def places(model: ModelConfig) -> Iterator[Place]:
@@ -126,7 +118,8 @@ def _selection(config: Config, phase: Phase) -> Iterator[str]:
     """A recipe or a number of layers that has no effect in this model."""
     recipe, last, number = phase.recipe, phase.last_layers, len(config.model.layers)
     if recipe is None:
-        if last is not None and not (phase.first_step == 1 and _inherited(config)):
+        inherited = phase.first_step == 1 and any(map(_inherits, config.precision.phases))
+        if last is not None and not inherited:
             yield (
                 f"{phase.key}.bf16_last_layers={last} has no effect with {phase.key}.recipe="
                 f"{phase.name!r}; remove it, or use a recipe that quantises"
@@ -134,7 +127,7 @@ def _selection(config: Config, phase: Phase) -> Iterator[str]:
         return
 
     def selects(last_layers: int | None) -> bool:
-        return any(recipe.format(place, last_layers=last_layers) for place in places(config.model))
+        return any(_formats(config, replace(phase, last_layers=last_layers)))
 
     if selects(last):
         yield from _ablation(config, phase, recipe.ablates)

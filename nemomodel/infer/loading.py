@@ -5,6 +5,15 @@ from pathlib import Path
 import torch
 
 
+def check_checkpoint(path: Path | str) -> None:
+    """
+    Raises:
+        ValueError: nothing is there.
+    """
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such folder")
+
+
 def check_device(device: str) -> None:
     """
     Raises:

@@ -16,6 +16,7 @@ from nemomodel.checkpoint.huggingface.side_files import (
 )
 from nemomodel.checkpoint.weights import read_config
 from nemomodel.data.tokenizer import load_tokenizer, vocab_size_of
+from nemomodel.infer.loading import check_checkpoint
 
 DEFAULT_CONTEXT_LENGTH = 2048
 
@@ -83,8 +84,7 @@ def tokenizer_file(checkpoint: Path | str, given: Path | str | None) -> Path:
     Raises:
         ValueError: there is none, or no checkpoint.
     """
-    if not Path(checkpoint).exists():
-        raise ValueError(f"{checkpoint}: no such folder")
+    check_checkpoint(checkpoint)
     path = Path(given) if given else find_tokenizer(checkpoint)
     if path is None:
         raise ValueError(f"{checkpoint}: no tokenizer.json lies there; give --tokenizer FILE")
