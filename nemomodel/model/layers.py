@@ -90,7 +90,7 @@ class CachedNorm:
         return y if x.dtype == dtype else y.to(x.dtype)
 
 
-ONEDNN_FEW_ROWS, ONEDNN_ONE_ROW = 250_000, 1_000_000
+ONEDNN_FEW_ROWS, ONEDNN_ONE_ROW = 500_000, 1_000_000
 """Elements of a weight from which oneDNN's FP32 product of 2 to 8 rows, or of one row, is faster
 than MKL's on a CPU, up to four times (docs/decoding.md). PyTorch calls it for BF16 only."""
 
