@@ -46,7 +46,14 @@ class Drafter:
             start = depth.length
             tokens = torch.tensor(known[start + k :], device=self.embedding.device)
             embedding_SBD = F.embedding(tokens, self.embedding).unsqueeze(1)
-            hidden_SBD = _extend(depth, before_SBD[start - stop :], embedding_SBD, rollback=k)
+            hidden_SBD = _extend(
+                depth,
+                before_SBD[start - stop :],
+                embedding_SBD,
+                rollback=k,
+                # Of the last depth only the draft is of use, of the others every position.
+                num_outputs=1 if k == len(self.depths) else None,
+            )
             # No depth is behind the one before it by more than its own number of positions.
             self.before[k - 1] = before_SBD[-len(self.depths) :]
             token, q_V = choose.draft(self.cache.logits(hidden_SBD[-1, 0]))
@@ -69,10 +76,20 @@ class Drafter:
 
 
 def _extend(
-    depth: CachedDepth, hidden_SBD: Tensor, embedding_SBD: Tensor, *, rollback: int
+    depth: CachedDepth,
+    hidden_SBD: Tensor,
+    embedding_SBD: Tensor,
+    *,
+    rollback: int,
+    num_outputs: int | None,
 ) -> Tensor:
     """A long pass in two, so that all but the first of the last `rollback` can be forgotten."""
     if len(hidden_SBD) <= STEP_POSITIONS:
-        return depth.extend(hidden_SBD, embedding_SBD)
+        return depth.extend(hidden_SBD, embedding_SBD, num_outputs=num_outputs)
     parts = slice(None, -rollback), slice(-rollback, None)
-    return torch.cat([depth.extend(hidden_SBD[part], embedding_SBD[part]) for part in parts])
+    return torch.cat(
+        [
+            depth.extend(hidden_SBD[part], embedding_SBD[part], num_outputs=num_outputs)
+            for part in parts
+        ]
+    )

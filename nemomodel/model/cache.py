@@ -38,8 +38,11 @@ class CachedBlocks:
         self.norms = [CachedNorm(block.norm.weight, block.norm.eps) for block in blocks]
         self.mixers = []
         self.mambas: list[CachedMamba] = []
+        self.last_looking_back = 0  # number of the layer after which no position sees others
         self.heads_per_group: int | None = None  # query heads per KV head, if there is attention
-        for block in blocks:
+        for index, block in enumerate(blocks):
+            if block.kind in (LayerKind.MAMBA, LayerKind.ATTENTION):
+                self.last_looking_back = index
             match block.kind:
                 case LayerKind.MAMBA:
                     mixer = CachedMamba(block.mixer, batch_size=batch_size)
@@ -59,15 +62,25 @@ class CachedBlocks:
         self.queries = self.positions.repeat_interleave(self.heads_per_group or 0)
         self.length = self.last_start = 0
 
-    def extend(self, x_SBD: Tensor) -> Tensor:
-        """Pass x through the blocks as the next S positions; [S, B, D]."""
-        S, B, _ = x_SBD.shape
+    def extend(self, x_SBD: Tensor, *, num_outputs: int | None = None) -> Tensor:
+        """Pass x through the blocks as the next S positions; [S, B, D].
+
+        Args:
+            num_outputs: return those of this many positions at the end; None is of all.
+        """
+        S, B, D = x_SBD.shape
         assert S + self.length <= self.max_length, (S, self.length, self.max_length)
-        past, x_TD = self._past(S, B), x_SBD.flatten(0, 1)
-        for norm, mixer in zip(self.norms, self.mixers, strict=True):
-            x_TD = mixer(norm(x_TD), past).add_(x_TD)
+        last, Q = self.last_looking_back, num_outputs or S
+        past, x_TD = self._past(S, B, S if last else Q), x_SBD.flatten(0, 1)
+        for index, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
+            if Q < S and index == last:
+                past = self._past(S, B, Q) if last else past
+                y_TD = mixer(norm(x_TD), past)[-Q * B :]
+                x_TD = y_TD.add_(x_TD[-Q * B :])
+            else:
+                x_TD = mixer(norm(x_TD), past).add_(x_TD)
         self.last_start, self.length = self.length, self.length + S
-        return x_TD.view(x_SBD.shape)
+        return x_TD.view(Q, B, D)
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on.
@@ -84,10 +97,10 @@ class CachedBlocks:
             mamba.keep(count) if length else mamba.reset()
         self.length = length
 
-    def _past(self, S: int, B: int) -> Past:
+    def _past(self, S: int, B: int, Q: int) -> Past:
         length, stop = self.length, self.length + S
-        if S == 1 and self.padding_B is None:
-            return Past(S, B, length, None, None, None)
+        if Q == 1 and self.padding_B is None:
+            return Past(S, B, length, Q, None, None, None)
         key_S = self.positions[:stop]
         documents = real_SB1 = sees = None
         if self.padding_B is not None and length == 0:
@@ -95,15 +108,15 @@ class CachedBlocks:
             real_SB1 = real_SB.unsqueeze(2)
             if S > STEP_POSITIONS:
                 documents = Documents.from_ids(real_SB.T.cpu()).to(key_S.device)
-        if self.heads_per_group and (S <= STEP_POSITIONS or length):
+        if self.heads_per_group and (Q <= STEP_POSITIONS or length):
             h = self.heads_per_group
-            query_Q1 = self.queries[length * h : stop * h].unsqueeze(1)
+            query_Q1 = self.queries[(stop - Q) * h : stop * h].unsqueeze(1)
             sees = query_Q1 >= key_S
             if self.padding_B is not None:
                 # Padding sees itself: a softmax over nothing is not a number.
                 real = key_S >= self.padding_B.view(-1, 1, 1, 1)
                 sees = sees & (real | (key_S == query_Q1))
-        return Past(S, B, length, sees, documents, real_SB1)
+        return Past(S, B, length, Q, sees, documents, real_SB1)
 
 
 class CachedModel:
@@ -169,11 +182,13 @@ class CachedDepth:
     def length(self) -> int:
         return self.blocks.length
 
-    def extend(self, hidden_SBD: Tensor, embedding_SBD: Tensor) -> Tensor:
-        """Hidden states [S, 1, D] of this depth after its final norm."""
+    def extend(
+        self, hidden_SBD: Tensor, embedding_SBD: Tensor, *, num_outputs: int | None = None
+    ) -> Tensor:
+        """Hidden states [S, 1, D] of this depth after its final norm; as `CachedBlocks.extend`."""
         halves_SB2D = self.half_norms(torch.stack([embedding_SBD, hidden_SBD], dim=-2))
         x_TD = self.eh_proj(halves_SB2D.view(len(halves_SB2D), -1))
-        return self.final_norm(self.blocks.extend(x_TD.unsqueeze(1)))
+        return self.final_norm(self.blocks.extend(x_TD.unsqueeze(1), num_outputs=num_outputs))
 
     def crop(self, length: int) -> None:
         """As `CachedBlocks.crop`."""
