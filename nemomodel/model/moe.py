@@ -52,13 +52,14 @@ class Router(nn.Module):
 
     def choose(self, score_TE: Tensor) -> tuple[Tensor, Tensor]:
         """expert_TK and gate_TK of sigmoid scores."""
-        expert_TK = self._best(score_TE.detach() + self.expert_bias)
+        expert_TK = self.best(score_TE.detach() + self.expert_bias)
         gate_TK = score_TE.gather(-1, expert_TK)
         if self.config.normalize_gates:
             gate_TK = gate_TK / (gate_TK.sum(-1, keepdim=True) + 1e-20)
         return expert_TK, gate_TK * self.config.routed_scaling_factor
 
-    def _best(self, biased_TE: Tensor) -> Tensor:
+    def best(self, biased_TE: Tensor) -> Tensor:
+        """expert_TK of scores with the bias."""
         c = self.config
         if c.top_groups < c.num_groups:
             by_group = biased_TE.unflatten(-1, (c.num_groups, -1))
@@ -186,8 +187,16 @@ class CachedMoE:
         if self.latent:
             self.latent_down = CachedLinear(mixer.latent_down.weight)
             self.latent_up = CachedLinear(mixer.latent_up.weight)
+        # As tensors: with a Python number an operation takes twice as long.
+        self.floor, self.scale = self.score.weight.new_tensor(
+            [1e-20, mixer.router.config.routed_scaling_factor]
+        ).unbind()
         self.fc1, self.fc2 = mixer.experts.fc1, mixer.experts.fc2
         self.fc1_of, self.fc2_of = self.fc1.unbind(), self.fc2.unbind()
+        self.small = self.fc1.numel() <= SMALL_EXPERTS
+        self.fc1_of_all = CachedLinear(self.fc1.flatten(0, 1))
+        if self.small:
+            self.fc2_of_all = CachedLinear(self.fc2.transpose(0, 1).flatten(1))
         self.shared_expert = CachedMLP(mixer.shared_expert)
 
     def __call__(self, x_TD: Tensor, past: Past) -> Tensor:
@@ -195,13 +204,20 @@ class CachedMoE:
         if x_TD.is_cuda or T > FEW_TOKENS:
             return self.mixer(x_TD.unsqueeze(1))[0].squeeze(1)
         score_TE = self.score(wide(x_TD)).sigmoid_()
-        expert_TK, gate_TK = self.router.choose(score_TE)
+        expert_TK, gate_TK = self._choose(score_TE)
         z_TL = self.latent_down(x_TD) if self.latent else x_TD
-        chosen = expert_TK.numel() * (2 if self.fc1.numel() <= SMALL_EXPERTS else 1)
-        all_of_them = T > 1 and chosen >= len(self.fc1_of)
+        all_of_them = self.small or (T > 1 and expert_TK.numel() >= len(self.fc1_of))
         y_TL = (self._by_all if all_of_them else self._by_chosen)(z_TL, expert_TK, gate_TK)
         y_TD = self.latent_up(y_TL) if self.latent else y_TL
         return self.shared_expert(x_TD, past).add_(y_TD)
+
+    def _choose(self, score_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Router.choose`."""
+        expert_TK = self.router.best(score_TE + self.router.expert_bias)
+        gate_TK = score_TE.gather(-1, expert_TK)
+        if self.router.config.normalize_gates:
+            gate_TK.div_(gate_TK.sum(-1, keepdim=True).add_(self.floor))
+        return expert_TK, gate_TK.mul_(self.scale)
 
     def _by_chosen(self, z_TL: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """sum_k gate_k expert_k(z), one product per token and chosen expert."""
@@ -217,6 +233,8 @@ class CachedMoE:
         """The same by every expert, with gate 0 for those not chosen: few products."""
         T, E = z_TL.shape[0], len(self.fc1_of)
         gate_TE = gate_TK.new_zeros(T, E).scatter_(1, expert_TK, gate_TK)
-        h_TEF = F.linear(z_TL, self.fc1.flatten(0, 1)).relu_().square_().view(T, E, -1)
+        h_TEF = self.fc1_of_all(z_TL).relu_().square_().view(T, E, -1)
         h_TEF.mul_(gate_TE.unsqueeze(-1))
+        if self.small:
+            return self.fc2_of_all(h_TEF.flatten(1))
         return torch.bmm(h_TEF.transpose(0, 1), self.fc2.mT).sum(0)
