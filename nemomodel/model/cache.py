@@ -58,8 +58,10 @@ class CachedBlocks:
                     mixer = CachedMLP(block.mixer)
             self.mixers.append(mixer)
         self.max_length, self.padding_B = max_length, padding_B
-        self.positions = torch.arange(max_length, device=blocks[0].norm.weight.device)
+        weight = blocks[0].norm.weight
+        self.positions = torch.arange(max_length, device=weight.device)
         self.queries = self.positions.repeat_interleave(self.heads_per_group or 0)
+        self.bias = weight.new_zeros(0)  # of the longest short pass so far
         self.length = self.last_start = 0
 
     def extend(self, x_SBD: Tensor, *, num_outputs: int | None = None) -> Tensor:
@@ -103,13 +105,18 @@ class CachedBlocks:
             return Past(S, B, length, Q, None, None, None)
         key_S = self.positions[:stop]
         documents = real_SB1 = sees = None
+        h = self.heads_per_group
         if self.padding_B is not None and length == 0:
             real_SB = key_S.unsqueeze(1) >= self.padding_B
             real_SB1 = real_SB.unsqueeze(2)
             if S > STEP_POSITIONS:
                 documents = Documents.from_ids(real_SB.T.cpu()).to(key_S.device)
-        if self.heads_per_group and (Q <= STEP_POSITIONS or length):
-            h = self.heads_per_group
+        if h and self.padding_B is None and S <= STEP_POSITIONS:
+            if len(self.bias) < S * h:
+                self.bias = causal_bias(S, h, self.max_length, like=self.bias)
+            first = self.max_length - length
+            sees = self.bias[(S - Q) * h : S * h, first : first + stop]
+        elif h and (Q <= STEP_POSITIONS or length):
             query_Q1 = self.queries[(stop - Q) * h : stop * h].unsqueeze(1)
             sees = query_Q1 >= key_S
             if self.padding_B is not None:
@@ -117,6 +124,18 @@ class CachedBlocks:
                 real = key_S >= self.padding_B.view(-1, 1, 1, 1)
                 sees = sees & (real | (key_S == query_Q1))
         return Past(S, B, length, Q, sees, documents, real_SB1)
+
+
+def causal_bias(S: int, heads_per_group: int, max_length: int, *, like: Tensor) -> Tensor:
+    """What is added to the scores of attention: -inf where the key comes after the query.
+
+    Rows are the queries of a pass over up to S positions, columns its keys, those of the first
+    of these positions in column `max_length`.
+    """
+    query_S = torch.arange(S, device=like.device)
+    key_S = torch.arange(max_length + S, device=like.device) - max_length
+    after = key_S > query_S.repeat_interleave(heads_per_group).unsqueeze(1)
+    return like.new_zeros(after.shape).masked_fill_(after, -torch.inf)
 
 
 class CachedModel:
