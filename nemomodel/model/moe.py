@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemomodel.config.schema import MoeConfig
-from nemomodel.model.layers import MLP, CachedLinear, CachedMLP, Linear
+from nemomodel.model.layers import MLP, CachedLinear, Linear
 from nemomodel.model.past import Past
 from nemomodel.ops.activation import gated_squared_relu
 from nemomodel.ops.experts import Permutation, expert_mlp
@@ -182,14 +182,23 @@ class CachedMoE:
 
     def __init__(self, mixer: LatentMoE):
         self.mixer, self.router = mixer, mixer.router
-        self.score = CachedLinear(wide(mixer.router.weight))
-        self.latent = mixer.router.config.latent_size is not None
+        self.few_tokens = 0 if self.router.weight.is_cuda else FEW_TOKENS
+        if not self.few_tokens:
+            return
+        router, self.latent = wide(self.router.weight), self.router.config.latent_size is not None
+        # Scores, the shared expert's inner layer and the latent input come out of one product;
+        # scores have their own where they are of a wider dtype.
+        rows = [mixer.shared_expert.fc1.weight]
         if self.latent:
-            self.latent_down = CachedLinear(mixer.latent_down.weight)
+            rows.append(mixer.latent_down.weight)
             self.latent_up = CachedLinear(mixer.latent_up.weight)
+        self.score = CachedLinear(router) if router.dtype != rows[0].dtype else None
+        if self.score is None:
+            rows.insert(0, router)
+        self.in_proj, self.split = CachedLinear(torch.cat(rows)), [len(part) for part in rows]
         # As tensors: with a Python number an operation takes twice as long.
-        self.floor, self.scale = self.score.weight.new_tensor(
-            [1e-20, mixer.router.config.routed_scaling_factor]
+        self.floor, self.scale = router.new_tensor(
+            [1e-20, self.router.config.routed_scaling_factor]
         ).unbind()
         self.fc1, self.fc2 = mixer.experts.fc1, mixer.experts.fc2
         self.fc1_of, self.fc2_of = self.fc1.unbind(), self.fc2.unbind()
@@ -197,19 +206,22 @@ class CachedMoE:
         self.fc1_of_all = CachedLinear(self.fc1.flatten(0, 1))
         if self.small:
             self.fc2_of_all = CachedLinear(self.fc2.transpose(0, 1).flatten(1))
-        self.shared_expert = CachedMLP(mixer.shared_expert)
+        self.shared_fc2 = CachedLinear(mixer.shared_expert.fc2.weight)
 
     def __call__(self, x_TD: Tensor, past: Past) -> Tensor:
         T = x_TD.shape[0]
-        if x_TD.is_cuda or T > FEW_TOKENS:
+        if self.few_tokens < T:
             return self.mixer(x_TD.unsqueeze(1))[0].squeeze(1)
-        score_TE = self.score(wide(x_TD)).sigmoid_()
-        expert_TK, gate_TK = self._choose(score_TE)
-        z_TL = self.latent_down(x_TD) if self.latent else x_TD
+        parts = self.in_proj(x_TD).split_with_sizes(self.split, -1)
+        if self.score is not None:
+            parts = self.score(wide(x_TD)), *parts
+        score_TE, h_TF, *z = parts
+        expert_TK, gate_TK = self._choose(score_TE.sigmoid_())
+        z_TL = z[0] if self.latent else x_TD
         all_of_them = self.small or (T > 1 and expert_TK.numel() >= len(self.fc1_of))
         y_TL = (self._by_all if all_of_them else self._by_chosen)(z_TL, expert_TK, gate_TK)
         y_TD = self.latent_up(y_TL) if self.latent else y_TL
-        return self.shared_expert(x_TD, past).add_(y_TD)
+        return self.shared_fc2(h_TF.relu_().square_()).add_(y_TD)
 
     def _choose(self, score_TE: Tensor) -> tuple[Tensor, Tensor]:
         """As `Router.choose`."""
