@@ -54,7 +54,7 @@ class Drafter:
                 # Of the last depth only the draft is of use, of the others every position.
                 num_outputs=1 if k == len(self.depths) else None,
             )
-            # Not accepted drafts make a depth forget one position more than the one before it.
+            # When no draft is accepted it forgets one position more than the one before it.
             self.before[k - 1] = _last(before_SBD, k - 1)
             token, q_V = choose.draft(self.cache.logits(hidden_SBD[-1, 0]))
             known.append(token)

@@ -72,15 +72,15 @@ class CachedBlocks:
         """
         S, B, D = x_SBD.shape
         assert S + self.length <= self.max_length, (S, self.length, self.max_length)
-        last, Q = self.last_looking_back, num_outputs or S
+        Q, last = num_outputs or S, self.last_looking_back
         past, x_TD = self._past(S, B, S if last else Q), x_SBD.flatten(0, 1)
         for index, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
-            if Q < S and index == last:
-                past = self._past(S, B, Q) if last else past
-                y_TD = mixer(norm(x_TD), past)[-Q * B :]
-                x_TD = y_TD.add_(x_TD[-Q * B :])
-            else:
+            if Q == S or index != last:
                 x_TD = mixer(norm(x_TD), past).add_(x_TD)
+                continue
+            if last:  # the layers before it needed all positions
+                past = self._past(S, B, Q)
+            x_TD = mixer(norm(x_TD), past)[-Q * B :].add_(x_TD[-Q * B :])
         self.last_start, self.length = self.length, self.length + S
         return x_TD.view(Q, B, D)
 

@@ -103,11 +103,12 @@ class CachedLinear:
         self.onednn_rows = range(0)
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
             first = 1 if weight.numel() >= ONEDNN_ONE_ROW else 2
-            if weight.numel() >= ONEDNN_FEW_ROWS and torch.backends.mkldnn.is_available():
+            if weight.numel() < ONEDNN_FEW_ROWS:
+                if weight.shape[0] > weight.shape[1]:
+                    # MKL is faster with few rows when the longer dimension is contiguous.
+                    self.transposed = self.transposed.contiguous()
+            elif torch.backends.mkldnn.is_available():
                 self.onednn_rows = range(first, 9)
-            elif weight.shape[0] > weight.shape[1]:
-                # MKL's product of few rows is faster when the longer dimension is contiguous.
-                self.transposed = self.transposed.contiguous()
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         if self.onednn_rows and x_TI.shape[0] in self.onednn_rows:

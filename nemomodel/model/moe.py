@@ -184,11 +184,11 @@ class CachedMoE:
         self.mixer, self.router = mixer, mixer.router
         self.few_tokens = 0 if self.router.weight.is_cuda else FEW_TOKENS
         if not self.few_tokens:
-            return
+            return  # it is the mixer itself that is called then
         router, self.latent = wide(self.router.weight), self.router.config.latent_size is not None
         # Scores, the shared expert's inner layer and the latent input come out of one product;
         # scores have their own where they are of a wider dtype.
-        rows = [mixer.shared_expert.fc1.weight]
+        rows: list[Tensor] = [mixer.shared_expert.fc1.weight]
         if self.latent:
             rows.append(mixer.latent_down.weight)
             self.latent_up = CachedLinear(mixer.latent_up.weight)
