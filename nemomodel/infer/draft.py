@@ -1,7 +1,6 @@
 """Drafts of the tokens to come, by the MTP depths of the model itself."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nemomodel.infer.sampling import Chooser
@@ -20,13 +19,13 @@ class Drafter:
 
     def __init__(self, model: Nemotron, cache: CachedModel, *, length: int, max_length: int):
         blocks = model.mtp.blocks
-        self.cache, self.embedding = cache, model.embedding.weight
+        self.cache, self.embedding_V1D = cache, model.embedding.weight.unsqueeze(1)
         self.depths = [
             CachedDepth(blocks[min(k, len(blocks) - 1)], max_length=max_length)
             for k in range(length)
         ]
         # What each depth starts from: hidden states of the one before it, at the last positions.
-        self.before = [self.embedding.new_zeros(0, 1, self.embedding.shape[1])] * length
+        self.before = [self.embedding_V1D[:0]] * length
 
     def draft(
         self, hidden_SBD: Tensor, ids: list[int], count: int, choose: Chooser
@@ -40,15 +39,23 @@ class Drafter:
         """
         stop, known, distributions = len(ids) - 1, list(ids), []
         for k, depth in enumerate(self.depths, 1):
-            before_SBD = self.before[k - 1] = torch.cat([self.before[k - 1], hidden_SBD])
+            before_SBD = hidden_SBD
+            if len(self.before[k - 1]):
+                before_SBD = torch.cat([self.before[k - 1], hidden_SBD])
             if k > count:
+                self.before[k - 1] = before_SBD
                 break
-            start = depth.length
-            tokens = torch.tensor(known[start + k :], device=self.embedding.device)
-            embedding_SBD = F.embedding(tokens, self.embedding).unsqueeze(1)
-            hidden_SBD = _extend(depth, before_SBD[start - stop :], embedding_SBD, rollback=k)
-            # No depth is behind the one before it by more than its own number of positions.
-            self.before[k - 1] = before_SBD[-len(self.depths) :]
+            S = stop - depth.length
+            hidden_SBD = _extend(
+                depth,
+                _last(before_SBD, S),
+                torch.stack([self.embedding_V1D[token] for token in known[-S:]]),
+                rollback=k,
+                # Of the last depth only the draft is of use, of the others every position.
+                num_outputs=1 if k == len(self.depths) else None,
+            )
+            # When no draft is accepted it forgets one position more than the one before it.
+            self.before[k - 1] = _last(before_SBD, k - 1)
             token, q_V = choose.draft(self.cache.logits(hidden_SBD[-1, 0]))
             known.append(token)
             distributions.append(q_V)
@@ -68,11 +75,26 @@ class Drafter:
                     self.before[k] = self.before[k][:-forgotten]
 
 
+def _last(x_SBD: Tensor, count: int) -> Tensor:
+    """The last `count` positions, or all if there are fewer."""
+    return x_SBD if len(x_SBD) <= count else x_SBD[len(x_SBD) - count :]
+
+
 def _extend(
-    depth: CachedDepth, hidden_SBD: Tensor, embedding_SBD: Tensor, *, rollback: int
+    depth: CachedDepth,
+    hidden_SBD: Tensor,
+    embedding_SBD: Tensor,
+    *,
+    rollback: int,
+    num_outputs: int | None,
 ) -> Tensor:
     """A long pass in two, so that all but the first of the last `rollback` can be forgotten."""
     if len(hidden_SBD) <= STEP_POSITIONS:
-        return depth.extend(hidden_SBD, embedding_SBD)
+        return depth.extend(hidden_SBD, embedding_SBD, num_outputs=num_outputs)
     parts = slice(None, -rollback), slice(-rollback, None)
-    return torch.cat([depth.extend(hidden_SBD[part], embedding_SBD[part]) for part in parts])
+    return torch.cat(
+        [
+            depth.extend(hidden_SBD[part], embedding_SBD[part], num_outputs=num_outputs)
+            for part in parts
+        ]
+    )

@@ -87,17 +87,19 @@ class CachedAttention:
         self.kv = q.new_zeros(shape)
 
     def __call__(self, x_TD: Tensor, past: Past) -> Tensor:
-        S, B, length, G, P = *past[:3], self.num_groups, self.head_dim
+        S, B, length, Q, G, P = *past[:4], self.num_groups, self.head_dim
         q, kv = self.qkv_proj(x_TD).split_with_sizes(self.split, -1)
         kv = kv.view(S, B, 2, G, P)
         self.kv.narrow(3, length, S).copy_(kv.permute(2, 1, 3, 0, 4))
-        if S > STEP_POSITIONS and length == 0:
+        if Q > STEP_POSITIONS and length == 0:
             k_SBGP, v_SBGP = kv.unbind(2)
             y_SBHP = causal_attention(q.view(S, B, -1, P), k_SBGP, v_SBGP, past.documents)
             return self.out_proj(y_SBHP.reshape(S * B, -1))
         k, v = self.kv.narrow(3, 0, length + S).unbind()
+        if Q < S:
+            q = q[(S - Q) * B :]
         # The query heads of a group are rows of one product with its keys.
-        rows = q.reshape(S, B, G, -1, P).permute(1, 2, 0, 3, 4).reshape(B, G, -1, P)
+        rows = q.reshape(Q, B, G, -1, P).permute(1, 2, 0, 3, 4).reshape(B, G, -1, P)
         rows = F.scaled_dot_product_attention(rows, k, v, attn_mask=past.sees)
-        y_SBGhP = rows.reshape(B, G, S, -1, P).permute(2, 0, 1, 3, 4)
-        return self.out_proj(y_SBGhP.reshape(S * B, -1))
+        y_QBGhP = rows.reshape(B, G, Q, -1, P).permute(2, 0, 1, 3, 4)
+        return self.out_proj(y_QBGhP.reshape(Q * B, -1))

@@ -38,8 +38,11 @@ class CachedBlocks:
         self.norms = [CachedNorm(block.norm.weight, block.norm.eps) for block in blocks]
         self.mixers = []
         self.mambas: list[CachedMamba] = []
+        self.last_looking_back = 0  # number of the layer after which no position sees others
         self.heads_per_group: int | None = None  # query heads per KV head, if there is attention
-        for block in blocks:
+        for index, block in enumerate(blocks):
+            if block.kind in (LayerKind.MAMBA, LayerKind.ATTENTION):
+                self.last_looking_back = index
             match block.kind:
                 case LayerKind.MAMBA:
                     mixer = CachedMamba(block.mixer, batch_size=batch_size)
@@ -55,19 +58,31 @@ class CachedBlocks:
                     mixer = CachedMLP(block.mixer)
             self.mixers.append(mixer)
         self.max_length, self.padding_B = max_length, padding_B
-        self.positions = torch.arange(max_length, device=blocks[0].norm.weight.device)
+        weight = blocks[0].norm.weight
+        self.positions = torch.arange(max_length, device=weight.device)
         self.queries = self.positions.repeat_interleave(self.heads_per_group or 0)
+        self.bias = weight.new_zeros(0)  # of the longest short pass so far
         self.length = self.last_start = 0
 
-    def extend(self, x_SBD: Tensor) -> Tensor:
-        """Pass x through the blocks as the next S positions; [S, B, D]."""
-        S, B, _ = x_SBD.shape
+    def extend(self, x_SBD: Tensor, *, num_outputs: int | None = None) -> Tensor:
+        """Pass x through the blocks as the next S positions; [S, B, D].
+
+        Args:
+            num_outputs: return those of this many positions at the end; None is of all.
+        """
+        S, B, D = x_SBD.shape
         assert S + self.length <= self.max_length, (S, self.length, self.max_length)
-        past, x_TD = self._past(S, B), x_SBD.flatten(0, 1)
-        for norm, mixer in zip(self.norms, self.mixers, strict=True):
-            x_TD = mixer(norm(x_TD), past).add_(x_TD)
+        Q, last = num_outputs or S, self.last_looking_back
+        past, x_TD = self._past(S, B, S if last else Q), x_SBD.flatten(0, 1)
+        for index, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
+            if Q == S or index != last:
+                x_TD = mixer(norm(x_TD), past).add_(x_TD)
+                continue
+            if last:  # the layers before it needed all positions
+                past = self._past(S, B, Q)
+            x_TD = mixer(norm(x_TD), past)[-Q * B :].add_(x_TD[-Q * B :])
         self.last_start, self.length = self.length, self.length + S
-        return x_TD.view(x_SBD.shape)
+        return x_TD.view(Q, B, D)
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on.
@@ -84,26 +99,43 @@ class CachedBlocks:
             mamba.keep(count) if length else mamba.reset()
         self.length = length
 
-    def _past(self, S: int, B: int) -> Past:
+    def _past(self, S: int, B: int, Q: int) -> Past:
         length, stop = self.length, self.length + S
-        if S == 1 and self.padding_B is None:
-            return Past(S, B, length, None, None, None)
+        if Q == 1 and self.padding_B is None:
+            return Past(S, B, length, Q, None, None, None)
         key_S = self.positions[:stop]
         documents = real_SB1 = sees = None
+        h = self.heads_per_group
         if self.padding_B is not None and length == 0:
             real_SB = key_S.unsqueeze(1) >= self.padding_B
             real_SB1 = real_SB.unsqueeze(2)
             if S > STEP_POSITIONS:
                 documents = Documents.from_ids(real_SB.T.cpu()).to(key_S.device)
-        if self.heads_per_group and (S <= STEP_POSITIONS or length):
-            h = self.heads_per_group
-            query_Q1 = self.queries[length * h : stop * h].unsqueeze(1)
+        if h and self.padding_B is None and S <= STEP_POSITIONS:
+            if len(self.bias) < S * h:
+                self.bias = causal_bias(S, h, self.max_length, like=self.bias)
+            first = self.max_length - length
+            sees = self.bias[(S - Q) * h : S * h, first : first + stop]
+        elif h and (Q <= STEP_POSITIONS or length):
+            query_Q1 = self.queries[(stop - Q) * h : stop * h].unsqueeze(1)
             sees = query_Q1 >= key_S
             if self.padding_B is not None:
                 # Padding sees itself: a softmax over nothing is not a number.
                 real = key_S >= self.padding_B.view(-1, 1, 1, 1)
                 sees = sees & (real | (key_S == query_Q1))
-        return Past(S, B, length, sees, documents, real_SB1)
+        return Past(S, B, length, Q, sees, documents, real_SB1)
+
+
+def causal_bias(S: int, heads_per_group: int, max_length: int, *, like: Tensor) -> Tensor:
+    """What is added to the scores of attention: -inf where the key comes after the query.
+
+    Rows are the queries of a pass over up to S positions, columns its keys, those of the first
+    of these positions in column `max_length`.
+    """
+    query_S = torch.arange(S, device=like.device)
+    key_S = torch.arange(max_length + S, device=like.device) - max_length
+    after = key_S > query_S.repeat_interleave(heads_per_group).unsqueeze(1)
+    return like.new_zeros(after.shape).masked_fill_(after, -torch.inf)
 
 
 class CachedModel:
@@ -169,11 +201,13 @@ class CachedDepth:
     def length(self) -> int:
         return self.blocks.length
 
-    def extend(self, hidden_SBD: Tensor, embedding_SBD: Tensor) -> Tensor:
-        """Hidden states [S, 1, D] of this depth after its final norm."""
+    def extend(
+        self, hidden_SBD: Tensor, embedding_SBD: Tensor, *, num_outputs: int | None = None
+    ) -> Tensor:
+        """Hidden states [S, 1, D] of this depth after its final norm; as `CachedBlocks.extend`."""
         halves_SB2D = self.half_norms(torch.stack([embedding_SBD, hidden_SBD], dim=-2))
         x_TD = self.eh_proj(halves_SB2D.view(len(halves_SB2D), -1))
-        return self.final_norm(self.blocks.extend(x_TD.unsqueeze(1)))
+        return self.final_norm(self.blocks.extend(x_TD.unsqueeze(1), num_outputs=num_outputs))
 
     def crop(self, length: int) -> None:
         """As `CachedBlocks.crop`."""

@@ -90,7 +90,7 @@ class CachedNorm:
         return y if x.dtype == dtype else y.to(x.dtype)
 
 
-ONEDNN_FEW_ROWS, ONEDNN_ONE_ROW = 250_000, 1_000_000
+ONEDNN_FEW_ROWS, ONEDNN_ONE_ROW = 500_000, 1_000_000
 """Elements of a weight from which oneDNN's FP32 product of 2 to 8 rows, or of one row, is faster
 than MKL's on a CPU, up to four times (docs/decoding.md). PyTorch calls it for BF16 only."""
 
@@ -103,7 +103,11 @@ class CachedLinear:
         self.onednn_rows = range(0)
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
             first = 1 if weight.numel() >= ONEDNN_ONE_ROW else 2
-            if weight.numel() >= ONEDNN_FEW_ROWS and torch.backends.mkldnn.is_available():
+            if weight.numel() < ONEDNN_FEW_ROWS:
+                if weight.shape[0] > weight.shape[1]:
+                    # MKL is faster with few rows when the longer dimension is contiguous.
+                    self.transposed = self.transposed.contiguous()
+            elif torch.backends.mkldnn.is_available():
                 self.onednn_rows = range(first, 9)
 
     def __call__(self, x_TI: Tensor) -> Tensor:

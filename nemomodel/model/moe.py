@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemomodel.config.schema import MoeConfig
-from nemomodel.model.layers import MLP, CachedLinear, CachedMLP, Linear
+from nemomodel.model.layers import MLP, CachedLinear, Linear
 from nemomodel.model.past import Past
 from nemomodel.ops.activation import gated_squared_relu
 from nemomodel.ops.experts import Permutation, expert_mlp
@@ -52,13 +52,14 @@ class Router(nn.Module):
 
     def choose(self, score_TE: Tensor) -> tuple[Tensor, Tensor]:
         """expert_TK and gate_TK of sigmoid scores."""
-        expert_TK = self._best(score_TE.detach() + self.expert_bias)
+        expert_TK = self.best(score_TE.detach() + self.expert_bias)
         gate_TK = score_TE.gather(-1, expert_TK)
         if self.config.normalize_gates:
             gate_TK = gate_TK / (gate_TK.sum(-1, keepdim=True) + 1e-20)
         return expert_TK, gate_TK * self.config.routed_scaling_factor
 
-    def _best(self, biased_TE: Tensor) -> Tensor:
+    def best(self, biased_TE: Tensor) -> Tensor:
+        """expert_TK of scores with the bias."""
         c = self.config
         if c.top_groups < c.num_groups:
             by_group = biased_TE.unflatten(-1, (c.num_groups, -1))
@@ -181,27 +182,54 @@ class CachedMoE:
 
     def __init__(self, mixer: LatentMoE):
         self.mixer, self.router = mixer, mixer.router
-        self.score = CachedLinear(wide(mixer.router.weight))
-        self.latent = mixer.router.config.latent_size is not None
+        self.few_tokens = 0 if self.router.weight.is_cuda else FEW_TOKENS
+        if not self.few_tokens:
+            return  # it is the mixer itself that is called then
+        router, self.latent = wide(self.router.weight), self.router.config.latent_size is not None
+        # Scores, the shared expert's inner layer and the latent input come out of one product;
+        # scores have their own where they are of a wider dtype.
+        rows: list[Tensor] = [mixer.shared_expert.fc1.weight]
         if self.latent:
-            self.latent_down = CachedLinear(mixer.latent_down.weight)
+            rows.append(mixer.latent_down.weight)
             self.latent_up = CachedLinear(mixer.latent_up.weight)
+        self.score = CachedLinear(router) if router.dtype != rows[0].dtype else None
+        if self.score is None:
+            rows.insert(0, router)
+        self.in_proj, self.split = CachedLinear(torch.cat(rows)), [len(part) for part in rows]
+        # As tensors: with a Python number an operation takes twice as long.
+        self.floor, self.scale = router.new_tensor(
+            [1e-20, self.router.config.routed_scaling_factor]
+        ).unbind()
         self.fc1, self.fc2 = mixer.experts.fc1, mixer.experts.fc2
         self.fc1_of, self.fc2_of = self.fc1.unbind(), self.fc2.unbind()
-        self.shared_expert = CachedMLP(mixer.shared_expert)
+        self.small = self.fc1.numel() <= SMALL_EXPERTS
+        self.fc1_of_all = CachedLinear(self.fc1.flatten(0, 1))
+        if self.small:
+            self.fc2_of_all = CachedLinear(self.fc2.transpose(0, 1).flatten(1))
+        self.shared_fc2 = CachedLinear(mixer.shared_expert.fc2.weight)
 
     def __call__(self, x_TD: Tensor, past: Past) -> Tensor:
         T = x_TD.shape[0]
-        if x_TD.is_cuda or T > FEW_TOKENS:
+        if self.few_tokens < T:
             return self.mixer(x_TD.unsqueeze(1))[0].squeeze(1)
-        score_TE = self.score(wide(x_TD)).sigmoid_()
-        expert_TK, gate_TK = self.router.choose(score_TE)
-        z_TL = self.latent_down(x_TD) if self.latent else x_TD
-        chosen = expert_TK.numel() * (2 if self.fc1.numel() <= SMALL_EXPERTS else 1)
-        all_of_them = T > 1 and chosen >= len(self.fc1_of)
+        parts = self.in_proj(x_TD).split_with_sizes(self.split, -1)
+        if self.score is not None:
+            parts = self.score(wide(x_TD)), *parts
+        score_TE, h_TF, *z = parts
+        expert_TK, gate_TK = self._choose(score_TE.sigmoid_())
+        z_TL = z[0] if self.latent else x_TD
+        all_of_them = self.small or (T > 1 and expert_TK.numel() >= len(self.fc1_of))
         y_TL = (self._by_all if all_of_them else self._by_chosen)(z_TL, expert_TK, gate_TK)
         y_TD = self.latent_up(y_TL) if self.latent else y_TL
-        return self.shared_expert(x_TD, past).add_(y_TD)
+        return self.shared_fc2(h_TF.relu_().square_()).add_(y_TD)
+
+    def _choose(self, score_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Router.choose`."""
+        expert_TK = self.router.best(score_TE + self.router.expert_bias)
+        gate_TK = score_TE.gather(-1, expert_TK)
+        if self.router.config.normalize_gates:
+            gate_TK.div_(gate_TK.sum(-1, keepdim=True).add_(self.floor))
+        return expert_TK, gate_TK.mul_(self.scale)
 
     def _by_chosen(self, z_TL: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """sum_k gate_k expert_k(z), one product per token and chosen expert."""
@@ -217,6 +245,8 @@ class CachedMoE:
         """The same by every expert, with gate 0 for those not chosen: few products."""
         T, E = z_TL.shape[0], len(self.fc1_of)
         gate_TE = gate_TK.new_zeros(T, E).scatter_(1, expert_TK, gate_TK)
-        h_TEF = F.linear(z_TL, self.fc1.flatten(0, 1)).relu_().square_().view(T, E, -1)
+        h_TEF = self.fc1_of_all(z_TL).relu_().square_().view(T, E, -1)
         h_TEF.mul_(gate_TE.unsqueeze(-1))
+        if self.small:
+            return self.fc2_of_all(h_TEF.flatten(1))
         return torch.bmm(h_TEF.transpose(0, 1), self.fc2.mT).sum(0)

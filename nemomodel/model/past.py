@@ -17,9 +17,12 @@ class Past(NamedTuple):
     num_positions: int
     batch_size: int
     length: int
+    num_outputs: int
+    """Positions at the end whose output is of use, the queries of attention; S if all."""
     sees: Tensor | None
-    """Bool, which keys each query sees: [S * h, length + S], or with padding [B, 1, ...]; h query
-    heads per KV head, those of one position together. None: every query sees all."""
+    """Which keys each query sees, [Q * h, length + S], bool or what to add to the scores; or with
+    padding [B, 1, ...]. Q is `num_outputs`; the h query heads per KV head of one position are
+    together. None: every query sees all."""
     documents: Documents | None
     """Of a long pass from an empty cache with padding: each sequence's padding is a document."""
     real_SB1: Tensor | None

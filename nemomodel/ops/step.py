@@ -18,8 +18,8 @@ def conv_step(inputs_SBC: Tensor, taps_WC: Tensor, bias: Tensor) -> Tensor:
     if inputs_SBC.shape[0] == num_taps:
         acc_SBC = (inputs_SBC * taps_WC.unsqueeze(1)).sum(0, keepdim=True)
     else:
-        windows_SWBC = inputs_SBC.unfold(0, num_taps, 1).movedim(-1, 1)
-        acc_SBC = (windows_SWBC * taps_WC.unsqueeze(1)).sum(1)
+        windows_SBCW = inputs_SBC.unfold(0, num_taps, 1)
+        acc_SBC = (windows_SBCW * taps_WC.T).sum(-1)
     return F.silu(acc_SBC.add_(bias), inplace=True)
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from nemomodel.config.schema import ModelConfig
 from nemomodel.infer.draft import Drafter
 from nemomodel.infer.sampling import Greedy
+from nemomodel.model import moe
 from nemomodel.model.cache import CachedModel
 from nemomodel.model.nemotron import Nemotron
-from nemomodel.model.past import STEP_POSITIONS
+from nemomodel.model.past import STEP_POSITIONS, Past
 from nemomodel.ops.ssd import ssd, ssd_from_state
 from nemomodel.ops.step import conv_step, ssd_step
 from tests.close import assert_close, rms_ratio
@@ -75,6 +76,31 @@ def test_cached_passes_equal_the_full_pass(name: str, cut: list[int]) -> None:
         cache = cached(model)
         parts = [extend(cache, part_BS) for part_BS in ids_BS.split(cut, dim=1)]
         assert_close(torch.cat(parts, 1), model(ids_BS), limit=limit, name=f"logits, {dtype}")
+
+
+@pytest.mark.parametrize("cut", [[1] * LENGTH, [18, 3, 20]], ids=["one-by-one", "by-threes"])
+@pytest.mark.parametrize("name", ["moe", "without-latent"])
+def test_large_experts_are_computed_as_chosen(
+    name: str, cut: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe, "SMALL_EXPERTS", 0)
+    model, ids_BS = model_of(CONFIGS[name]), draw_ids()
+    cache = cached(model)
+    parts = [extend(cache, part_BS) for part_BS in ids_BS.split(cut, dim=1)]
+    assert_close(torch.cat(parts, 1), model(ids_BS), limit=1e-12, name="logits")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("small", [2**16, 0], ids=["small", "large"])
+def test_cached_bf16_experts_are_those_of_training(
+    small: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The router sees the same rows in both, in FP32, so that both choose the same experts."""
+    monkeypatch.setattr(moe, "SMALL_EXPERTS", small)
+    mixer = model_of(CONFIGS["moe"], torch.bfloat16).blocks[0].mixer
+    x_TD = torch.randn(rows, MODEL.hidden_size).bfloat16()
+    y_TD = moe.CachedMoE(mixer)(x_TD, Past(rows, 1, 0, rows, None, None, None))
+    assert_close(y_TD, mixer(x_TD.unsqueeze(1))[0].squeeze(1), limit=2e-2, name="y")
 
 
 @pytest.mark.parametrize("length", [3, STEP_POSITIONS, 25])
