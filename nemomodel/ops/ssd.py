@@ -199,49 +199,40 @@ def _heads(t_JBGQhP: Tensor) -> Tensor:
     return t_JBGQhP.transpose(3, 4)
 
 
-def _pass_on(t: Tensor, whole: Tensor, order: Iterable[tuple[int, int]]) -> None:
-    """t[to] += t[from] decayed over the chunk between the two, for every (from, to) in order."""
-    by_head = t.unflatten(3, (whole.shape[3], -1))
-    for come_from, to in order:
-        by_head[to].addcmul_(by_head[come_from], whole[min(come_from, to), ..., None, None])
-
-
-def _states(added: Tensor, d: _Decays, state: Tensor) -> Tensor:
-    """[J + 1, B, G, X, N]: `state` before the first chunk, then that after each.
+def _hand_on(t: Tensor, whole: Tensor, order: Iterable[tuple[int, int]]) -> None:
+    """t[to] += t[before] decayed over the chunk between the two, for each (before, to) in turn.
 
     Args:
-        added: by each chunk, [J, B, G, X, N].
+        t: at the borders of chunks, [J + 1, B, G, X, N].
     """
+    by_head = t.unflatten(3, (whole.shape[3], -1))
+    for before, to in order:
+        by_head[to].addcmul_(by_head[before], whole[min(before, to), ..., None, None])
+
+
+def _states(c: _Chunks, d: _Decays, u: Tensor, state: Tensor) -> Tensor:
+    """State before each chunk and after the last one, [J + 1, B, G, X, N], from u = dt x.
+
+    Args:
+        state: [B, G, X, N] before the first chunk.
+    """
+    added = _scale(u, d.to_end).flatten(-2).mT @ c.B
     states = torch.cat([state.unsqueeze(0), added.to(state.dtype)])
-    _pass_on(states, d.whole, [(j, j + 1) for j in range(len(added))])
+    _hand_on(states, d.whole, ((j, j + 1) for j in range(len(added))))
     return states
-
-
-def _added(c: _Chunks, d: _Decays, u: Tensor) -> Tensor:
-    """To the state by each chunk, [J, B, G, X, N], from u = dt x."""
-    return _scale(u, d.to_end).flatten(-2).mT @ c.B
 
 
 def _forward_block(c: _Chunks, A: Tensor, D: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """y [J, B, G, Q, h, P], and the state after the block."""
-    y, added, d = _within_chunks(c, A, D)
-    states = _states(added, d, state)
-    return _add_history(y, c, d, states[:-1]), states[-1].clone()  # not a view of all of them
-
-
-def _within_chunks(c: _Chunks, A: Tensor, D: Tensor) -> tuple[Tensor, Tensor, _Decays]:
-    """What y and the state after a chunk owe to the chunk itself."""
     d = _decays(c, A)
     u = _scale(c.x, c.dt)
+    states = _states(c, d, u, state)
+    from_state = (c.C @ states[:-1].to(u.dtype).mT).view_as(u)
+    y = from_state.mul_(d.from_start.mT.unsqueeze(-1).to(u.dtype))
     M = _within(d).mul_(_scores(c).unsqueeze(3)).to(u.dtype)
-    y = torch.addcmul(_heads(M @ _heads(u)), c.x, D.view(u.shape[2], 1, -1, 1).to(u.dtype))
-    return y, _added(c, d, u), d
-
-
-def _add_history(y: Tensor, c: _Chunks, d: _Decays, states: Tensor) -> Tensor:
-    """y and what it owes to the state before each chunk."""
-    from_state = (c.C @ states.to(y.dtype).mT).view_as(y)
-    return y.addcmul(from_state, d.from_start.mT.unsqueeze(-1).to(y.dtype))
+    y += _heads(M @ _heads(u))
+    y.addcmul_(c.x, D.view(y.shape[2], 1, -1, 1).to(y.dtype))
+    return y, states[-1].clone()  # not a view of all of them
 
 
 def _backward_block(
@@ -253,51 +244,29 @@ def _backward_block(
         state: before the block, as in the forward pass.
         d_state: gradient of the state after the block.
     """
-    d, added, dy_start, d_read = _history_forward(c, A, dy)
-    states = _states(added, d, state)[:-1]
-    # d_states[j] meets the state before chunk j, at last also by way of those that follow.
-    d_states = torch.cat([d_read.to(state.dtype), d_state.unsqueeze(0)])
-    _pass_on(d_states, d.whole, [(j + 1, j) for j in reversed(range(len(added)))])
-    grads = _chunks_backward(c, A, D, dy, d, dy_start, states, d_states[1:])
-    return *grads, d_states[0]
-
-
-def _history_forward(c: _Chunks, A: Tensor, dy: Tensor) -> tuple[_Decays, Tensor, Tensor, Tensor]:
-    """The decays, what each chunk adds to the state, dy by way of the state before each chunk
-    [J, B, G, Q, X], and the gradient of that state."""
-    d = _decays(c, A)
-    dy_start = _scale(dy, d.from_start).flatten(-2)
-    return d, _added(c, d, _scale(c.x, c.dt)), dy_start, dy_start.mT @ c.C
-
-
-def _chunks_backward(
-    c: _Chunks,
-    A: Tensor,
-    D: Tensor,
-    dy: Tensor,
-    d: _Decays,
-    dy_start: Tensor,
-    states: Tensor,
-    d_after: Tensor,
-) -> tuple[Tensor, ...]:
-    """dx, d_dt, dB, dC, dA, dD from the states before each chunk and the gradients of those after."""
     G, heads, wide = c.dt.shape[2], c.dt.shape[3], c.dt.dtype
+    d = _decays(c, A)
     u = _scale(c.x, c.dt)
+    states = _states(c, d, u, state)[:-1]
+    narrow = states.to(u.dtype)
     wide_x, wide_dy = c.x.to(wide), dy.to(wide)
 
     # From the state before each chunk to the outputs.
-    narrow = states.to(u.dtype)
+    dy_start = _scale(dy, d.from_start).flatten(-2)  # [J, B, G, Q, X]
     dC = dy_start @ narrow
     from_state = (c.C @ narrow.mT).view_as(dy).to(wide)
     d_sums = d.from_start * _dot(wide_dy, from_state)
 
-    # From the state before each chunk to that after it.
-    d_whole = (d_after * states).unflatten(3, (heads, -1)).sum((-2, -1))
-    d_sums[..., -1] += d_whole * d.whole
+    # From chunk to chunk, last to first.
+    d_states = torch.cat([(dy_start.mT @ c.C).to(wide), d_state.unsqueeze(0)])
+    _hand_on(d_states, d.whole, ((j + 1, j) for j in reversed(range(len(states)))))
+    d_state, d_after = d_states[0].clone(), d_states[1:]
+    by_head = (t.unflatten(3, (heads, -1)).flatten(-2) for t in (d_after, states))
+    d_sums[..., -1] += torch.linalg.vecdot(*by_head) * d.whole
 
     # From the inputs of each chunk to the state after it.
     narrow = d_after.to(u.dtype)
-    du = (c.B @ narrow.mT).view_as(u) * d.to_end.mT.unsqueeze(-1).to(u.dtype)
+    du = (c.B @ narrow.mT).view_as(u).mul_(d.to_end.mT.unsqueeze(-1).to(u.dtype))
     dB = _scale(u, d.to_end).flatten(-2) @ narrow
     to_state = c.dt * _dot(wide_x, du.to(wide))
 
@@ -322,7 +291,7 @@ def _chunks_backward(
     dA = (d_steps * c.dt).sum((0, 1, 4)).flatten()
     dD = _dot(wide_x, wide_dy).sum((0, 1, 4)).flatten()
     dx = _scale(du, c.dt).addcmul_(dy, D.view(G, 1, heads, 1).to(dy.dtype))
-    return dx, d_dt, dB, dC, dA, dD
+    return dx, d_dt, dB, dC, dA, dD, d_state
 
 
 def _scan(x, dt, A, B, C, D, Q, id_SB, state: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -14,12 +14,11 @@ def conv_step(inputs_SBC: Tensor, taps_WC: Tensor, bias: Tensor) -> Tensor:
     Args:
         taps_WC: the transposed conv weight, wide like `bias` [C].
     """
-    num_taps = taps_WC.shape[0]
-    if inputs_SBC.shape[0] == num_taps:
-        acc_SBC = (inputs_SBC * taps_WC.unsqueeze(1)).sum(0, keepdim=True)
-    else:
-        windows_SBCW = inputs_SBC.unfold(0, num_taps, 1)
-        acc_SBC = (windows_SBCW * taps_WC.T).sum(-1)
+    W = taps_WC.shape[0]
+    S = inputs_SBC.shape[0] - W + 1
+    strides = inputs_SBC.stride()
+    windows_SWBC = inputs_SBC.as_strided((S, W, *inputs_SBC.shape[1:]), (strides[0], *strides))
+    acc_SBC = (windows_SWBC * taps_WC.unsqueeze(1)).sum(1)
     return F.silu(acc_SBC.add_(bias), inplace=True)
 
 

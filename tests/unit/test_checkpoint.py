@@ -236,8 +236,8 @@ def test_another_model_is_refused_with_every_difference(run: Run, tmp_path: Path
     with pytest.raises(CheckpointError) as caught:
         other.checkpoints.load()
     assert str(caught.value) == (
-        f'checkpoint {run.root}/step_00000001: saved with model.layer_pattern="ME*-ME", this run '
-        'has "MEM*-"; saved with model.moe.top_k=2, this run has 3; the models differ'
+        f'checkpoint {run.root}/step_00000001: saved with model.layer_pattern="MEM*-MEME", this '
+        'run has "MEM*-"; saved with model.moe.top_k=2, this run has 3; the models differ'
     )
 
 

@@ -257,8 +257,8 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
             "parallel: tp*cp=8 does not divide model.attention.num_heads=4; use tp*cp in {1, 2, 4}",
         ),
         (
-            "parallel.pp=7",
-            "parallel.pp=7 is more than the 6 blocks of model.layer_pattern; use at most 6",
+            "parallel.pp=10",
+            "parallel.pp=10 is more than the 9 blocks of model.layer_pattern; use at most 9",
         ),
         (
             'model.layer_pattern="ME*|-ME"',
@@ -285,8 +285,8 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
             "use train.micro_batch_size in {1, 2, 4, 8}",
         ),
         (
-            "train.stop_after=401",
-            "train.stop_after=401 is more than train.steps=400; use at most 400",
+            "train.stop_after=301",
+            "train.stop_after=301 is more than train.steps=300; use at most 300",
         ),
         (
             "optim.min_lr=1",
@@ -299,12 +299,12 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
         ),
         (
             "schedule.decay_steps=none",
-            "schedule.decay_steps is missing; with schedule.kind='wsd' use 1 to 400",
+            "schedule.decay_steps is missing; with schedule.kind='wsd' use 1 to 300",
         ),
         (
-            "schedule.warmup_steps=301",
-            "schedule.warmup_steps=301 plus schedule.decay_steps=100 is more than "
-            "train.steps=400; use 400 or less",
+            "schedule.warmup_steps=201",
+            "schedule.warmup_steps=201 plus schedule.decay_steps=100 is more than "
+            "train.steps=300; use 300 or less",
         ),
         # data
         (
@@ -336,14 +336,14 @@ def test_a_wrong_value_is_the_one_problem_named(override: str, problem: str) -> 
     ("overrides", "problem"),
     [
         (
-            ("precision.recipe=nvfp4", "precision.bf16_last_layers=6"),
-            "precision.bf16_last_layers=6 leaves no layer of the 6 of model.layer_pattern to "
-            "quantise; use at most 5, or precision.recipe='bf16'",
+            ("precision.recipe=nvfp4", "precision.bf16_last_layers=9"),
+            "precision.bf16_last_layers=9 leaves no layer of the 9 of model.layer_pattern to "
+            "quantise; use at most 8, or precision.recipe='bf16'",
         ),
         (
             ("precision.recipe=nvfp4_12b",),
             "precision.recipe='nvfp4_12b' selects no linear layer of model.layer_pattern="
-            "'ME*-ME'; use precision.bf16_last_layers=3, or precision.recipe='bf16'",
+            "'MEM*-MEME'; use precision.bf16_last_layers=6, or precision.recipe='bf16'",
         ),
         (
             # Attention alone, which the recipe leaves in BF16.
@@ -373,14 +373,14 @@ def test_phases_begin_with_the_step_whose_first_token_is_that_far() -> None:
     tables = (
         '{from_tokens = 2048, recipe = "nvfp4_super"}',
         '{from_tokens = 4097, recipe = "nvfp4_super", bf16_last_layers = 3}',
-        '{from_tokens = 817152, recipe = "bf16"}',
+        '{from_tokens = 612352, recipe = "bf16"}',
     )
     found = precision.phases(load(*phases(*tables)))
     assert [(p.name, p.first_step, p.last_layers) for p in found] == [
         ("nvfp4", 1, None),
         ("nvfp4_super", 2, None),
         ("nvfp4_super", 4, 3),
-        ("bf16", 400, None),
+        ("bf16", 300, None),
     ]
 
 
@@ -415,9 +415,9 @@ def test_a_phase_has_the_last_layers_of_the_section_or_its_own() -> None:
             "and BF16 with all others, in the whole run; use one kind",
         ),
         (
-            phases('{from_tokens = 817153, recipe = "bf16"}'),
-            "precision.phases.0.from_tokens=817153 is never reached: the last of train.steps=400 "
-            "begins with token 817152; use at most that",
+            phases('{from_tokens = 612353, recipe = "bf16"}'),
+            "precision.phases.0.from_tokens=612353 is never reached: the last of train.steps=300 "
+            "begins with token 612352; use at most that",
         ),
         (
             phases(
@@ -464,7 +464,7 @@ def test_a_phase_has_the_last_layers_of_the_section_or_its_own() -> None:
                 "observe.quantization_interval=50",
             ),
             "observe.quantization_interval=50 has no effect: nothing is quantised in those of "
-            "train.steps=400 that it divides; use a smaller one",
+            "train.steps=300 that it divides; use a smaller one",
         ),
         (
             phases('{from_tokens = 9, recipe = "bf16", bf16_last_layers = 2}'),
@@ -472,9 +472,9 @@ def test_a_phase_has_the_last_layers_of_the_section_or_its_own() -> None:
             "'bf16'; remove it, or use a recipe that quantises",
         ),
         (
-            phases('{from_tokens = 9, recipe = "mxfp8", bf16_last_layers = 7}'),
-            "precision.phases.0.bf16_last_layers=7 leaves no layer of the 6 of model.layer_pattern "
-            "to quantise; use at most 5, or precision.phases.0.recipe='bf16'",
+            phases('{from_tokens = 9, recipe = "mxfp8", bf16_last_layers = 10}'),
+            "precision.phases.0.bf16_last_layers=10 leaves no layer of the 9 of "
+            "model.layer_pattern to quantise; use at most 8, or precision.phases.0.recipe='bf16'",
         ),
         (
             (

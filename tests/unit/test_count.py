@@ -178,7 +178,7 @@ def test_memory_is_18_bytes_per_parameter_in_bf16_and_16_in_fp32() -> None:
     for recipe, per_parameter in (("bf16", 18), ("fp32", 16)):
         counted = count("tiny", f"precision.recipe={recipe}")
         memory = counted["memory_bytes"]
-        assert memory["router_biases"] == 4 * (16 + 8)
+        assert memory["router_biases"] == 4 * (24 + 8)
         expected = per_parameter * counted["parameters_total"] + memory["router_biases"]
         assert memory["total"] == expected
 
@@ -254,9 +254,9 @@ def test_names_and_shapes_of_the_tiny_model() -> None:
     assert shapes["blocks.0.mixer.conv_weight"] == (256 + 2 * 2 * 32, 4)
     assert shapes["blocks.1.mixer.experts.fc1"] == (8, 128, 32)
     assert shapes["blocks.1.mixer.experts.fc2"] == (8, 32, 128)
-    assert shapes["blocks.2.mixer.q_proj.weight"] == (4 * 32, 128)
-    assert shapes["blocks.2.mixer.k_proj.weight"] == (2 * 32, 128)
-    assert shapes["blocks.3.mixer.fc1.weight"] == (256, 128)
+    assert shapes["blocks.3.mixer.q_proj.weight"] == (4 * 32, 128)
+    assert shapes["blocks.3.mixer.k_proj.weight"] == (2 * 32, 128)
+    assert shapes["blocks.4.mixer.fc1.weight"] == (256, 128)
     assert shapes["mtp.blocks.0.eh_proj.weight"] == (128, 256)
     assert shapes["mtp.blocks.0.layers.1.mixer.latent_up.weight"] == (128, 32)
     assert "mtp.blocks.1.eh_proj.weight" not in shapes

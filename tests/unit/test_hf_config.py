@@ -29,7 +29,7 @@ PUBLISHED = {
 
 
 def base(**changes: object) -> dict[str, object]:
-    model = load_config("configs/tiny.toml").model
+    model = load_config("configs/tiny.toml", ["model.layer_pattern=ME*-ME"]).model
     raw = config_json(model, vocab_size=2048, dtype="bfloat16", carried=PUBLISHED)
     return {key: value for key, value in (raw | changes).items() if value is not ...}
 

@@ -186,7 +186,8 @@ def test_validation_uses_the_weights_after_the_step_in_its_phase() -> None:
 
 def test_description_counts_every_linear_layer_of_every_phase() -> None:
     phase = '[{from_tokens=5000, recipe="nvfp4_super_all_layers"}]'
-    config = load("tiny", "precision.recipe=nvfp4_super", f"precision.phases={phase}")
+    six_layers = "model.layer_pattern=ME*-ME"
+    config = load("tiny", six_layers, "precision.recipe=nvfp4_super", f"precision.phases={phase}")
     first, second = describe(config)
     assert first == {
         "from_step": 1,
@@ -254,7 +255,7 @@ def test_the_announcement_counts_what_the_description_counts() -> None:
         wanted = f"emulated {FORMATS[format]}" if format in FORMATS else "not quantised"
         assert line == f"{wanted}: {', '.join(f'{role} ({n})' for role, n in roles.items())}"
     assert lines[0].startswith(
-        "emulated fprop BF16 x nvfp4 16x16; dgrad BF16 x nvfp4 16x16; wgrad BF16: mamba.in_proj (2)"
+        "emulated fprop BF16 x nvfp4 16x16; dgrad BF16 x nvfp4 16x16; wgrad BF16: mamba.in_proj (4)"
     )
 
 
