@@ -26,7 +26,7 @@ class Routing(NamedTuple):
 
     expert_TK: Tensor  # chosen experts, int64
     gate_TK: Tensor  # their weights, FP32
-    balance: Tensor  # sequence-level auxiliary loss, summed over sequences, scalar
+    balance: Tensor  # sequence-level auxiliary loss, summed over sequences, scalar; 0 if it is off
 
 
 class Router(nn.Module):
@@ -48,7 +48,9 @@ class Router(nn.Module):
     def forward(self, x_SBD: Tensor) -> Routing:
         score_SBE = linear_fp32(x_SBD, self.weight).sigmoid()
         expert_TK, gate_TK = self.choose(score_SBE.flatten(0, 1))
-        return Routing(expert_TK, gate_TK, self._balance(score_SBE))
+        wanted = self.config.aux_loss_coeff > 0
+        balance = self._balance(score_SBE) if wanted else score_SBE.new_zeros(())
+        return Routing(expert_TK, gate_TK, balance)
 
     def choose(self, score_TE: Tensor) -> tuple[Tensor, Tensor]:
         """expert_TK and gate_TK of sigmoid scores."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nemomodel.ops.backend import kernel_takes
 from nemomodel.ops.documents import Documents
+from nemomodel.ops.fused import compiling, fused, sum_rows
 from nemomodel.ops.precision import wide
 from nemomodel.ops.wgrad import deliver_grad, widen
 
@@ -32,44 +33,92 @@ def _conv_causal_conv1d(x, weight, bias, id_SB) -> Tensor:
     return y.permute(2, 0, 1)
 
 
-def _accumulate(
-    x_SBC: Tensor, weight: Tensor, bias: Tensor, id_SB: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """bias + sum of taps; with x and the taps [W, C] it was made of, all wide."""
-    x_SBC, taps = wide(x_SBC), wide(weight).T.contiguous()
-    acc = torch.addcmul(wide(bias), x_SBC, taps[-1])
-    for w in range(1, min(len(taps), len(x_SBC))):
-        acc[w:].addcmul_(_same_document(x_SBC[:-w], id_SB, w), taps[-1 - w])
-    return acc, x_SBC, taps
-
-
-def _same_document(x_SBC: Tensor, id_SB: Tensor | None, distance: int) -> Tensor:
-    """x of positions whose successor at `distance` is in the same document, else 0."""
-    if id_SB is None:
-        return x_SBC
-    return x_SBC * (id_SB[:-distance] == id_SB[distance:]).unsqueeze(-1)
-
-
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, id_SB):
-        acc, _, _ = _accumulate(x, weight, bias, id_SB)
         ctx.save_for_backward(x, id_SB)
         ctx.weight, ctx.bias = weight, bias
-        return F.silu(acc, inplace=True).to(x.dtype)
+        taps = _taps(weight)
+        links = _links(id_SB, len(taps))
+        y = _forward(_pad_start(x, taps), taps, wide(bias.detach()), links)
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
         x, id_SB = ctx.saved_tensors
-        acc, wide_x, taps = _accumulate(x, ctx.weight, ctx.bias, id_SB)
-        d_acc = torch.ops.aten.silu_backward(wide(dy), acc)
-        dx = d_acc * taps[-1]
-        dw = torch.zeros_like(taps)
-        dw[-1] = (d_acc * wide_x).sum((0, 1))
-        for w in range(1, min(len(taps), len(x))):
-            d_tap = _same_document(d_acc[w:], id_SB, w)
-            dx[:-w].addcmul_(d_tap, taps[-1 - w])
-            dw[-1 - w] = (d_tap * wide_x[:-w]).sum((0, 1))
-        d_weight = deliver_grad(ctx.weight, dw.T) if ctx.needs_input_grad[1] else None
-        d_bias = deliver_grad(ctx.bias, d_acc.sum((0, 1))) if ctx.needs_input_grad[2] else None
+        taps = _taps(ctx.weight)
+        xp, links = _pad_start(x, taps), _links(id_SB, len(taps))
+        d_acc = xp.new_empty(xp.shape, dtype=taps.dtype)
+        d_acc[len(x) :] = 0
+        _backward_silu(d_acc[: len(x)], dy, xp, taps, wide(ctx.bias.detach()), links)
+        dx, d_taps = _backward_taps(d_acc, xp, taps, links)
+        d_taps, d_bias = d_taps.sum((1, 2)), d_acc[: len(x)].sum((0, 1))
+        d_weight = deliver_grad(ctx.weight, d_taps.T) if ctx.needs_input_grad[1] else None
+        d_bias = deliver_grad(ctx.bias, d_bias) if ctx.needs_input_grad[2] else None
         return dx.to(x.dtype), d_weight, d_bias, None
+
+
+# Below, xp [W - 1 + S, B, C] is x behind zeros; taps [W, C] are wide, the last one is that of the
+# current position; links [W, S + W - 1, B, 1] are where the position w before is in the same
+# document, and None where there is one.
+
+
+def _taps(weight: Tensor) -> Tensor:
+    return wide(weight.detach()).T.contiguous()
+
+
+def _pad_start(x_SBC: Tensor, taps: Tensor) -> Tensor:
+    # Not compiled, every tap would widen it again.
+    x_SBC = x_SBC if compiling() else wide(x_SBC)
+    return F.pad(x_SBC, (0, 0, 0, 0, len(taps) - 1, 0))
+
+
+def _links(id_SB: Tensor | None, W: int) -> Tensor | None:
+    if id_SB is None:
+        return None
+    ids = F.pad(id_SB, (0, 0, W - 1, W - 1), value=-1)
+    here = ids[W - 1 :]
+    return torch.stack([ids[W - 1 - w :][: len(here)] == here for w in range(W)]).unsqueeze(-1)
+
+
+def _sum_taps(xp: Tensor, taps: Tensor, bias: Tensor, links: Tensor | None) -> Tensor:
+    W, S, acc = len(taps), len(xp) - len(taps) + 1, None
+    for w in range(W):
+        x = wide(xp[W - 1 - w : W - 1 - w + S])
+        x = x if links is None else x * links[w, :S]
+        tap = taps[W - 1 - w]
+        acc = torch.addcmul(bias, x, tap) if acc is None else acc.addcmul_(x, tap)
+    return acc
+
+
+@fused
+def _forward(xp: Tensor, taps: Tensor, bias: Tensor, links: Tensor | None) -> Tensor:
+    return F.silu(_sum_taps(xp, taps, bias, links), inplace=True).to(xp.dtype)
+
+
+@fused
+def _backward_silu(
+    out: Tensor, dy: Tensor, xp: Tensor, taps: Tensor, bias: Tensor, links: Tensor | None
+) -> None:
+    """Gradient of the sum of taps, into `out`."""
+    acc = _sum_taps(xp, taps, bias, links)
+    out.copy_(torch.ops.aten.silu_backward(wide(dy), acc))
+
+
+@fused
+def _backward_taps(
+    d_acc: Tensor, xp: Tensor, taps: Tensor, links: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x; and of the taps, as sums over some rows.
+
+    Args:
+        d_acc: gradient of the sum of taps, W - 1 rows of zeros after it.
+    """
+    W, S = len(taps), len(d_acc) - len(taps) + 1
+    dx, d_taps = None, []
+    for w in range(W):
+        linked = d_acc if links is None else d_acc * links[w]
+        d, tap = linked[w : w + S], taps[W - 1 - w]
+        dx = d * tap if dx is None else dx.addcmul_(d, tap)
+        d_taps.append(sum_rows(linked[:S] * wide(xp[W - 1 - w : W - 1 - w + S])))
+    return dx.to(xp.dtype), torch.stack(d_taps[::-1])

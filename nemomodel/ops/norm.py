@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemomodel.ops.fused import fused, sum_rows
 from nemomodel.ops.precision import wide
 from nemomodel.ops.wgrad import deliver_grad
 
@@ -24,64 +25,94 @@ def gated_group_rms_norm(
     return _GatedGroupRMSNorm.apply(x, z, weight, eps, num_groups)
 
 
-def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / rms(x) and 1 / rms(x) over the last dimension, both wide."""
-    x = wide(x)
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / rms(x) over the last dimension, which stays as 1."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    inverse_rms = (norm.square_().div_(x.shape[-1])).add_(eps).rsqrt_()
-    return x * inverse_rms, inverse_rms
+    return (norm.square_().div_(x.shape[-1])).add_(eps).rsqrt_()
 
 
 def _normalize_backward(d_hat: Tensor, hat: Tensor, inverse_rms: Tensor) -> Tensor:
-    """Gradient of `_normalize`; overwrites d_hat."""
+    """Gradient of hat = x * inverse_rms(x); overwrites d_hat."""
     projection = torch.linalg.vecdot(d_hat, hat).unsqueeze(-1) / hat.shape[-1]
     return d_hat.addcmul_(hat, projection, value=-1).mul_(inverse_rms)
+
+
+# Below, tensors are [R, G, C]: rows, groups, channels of one group; weight [G, C], inverse_rms
+# [R, G, 1].
+
+
+@fused
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    inverse_rms = _inverse_rms(wide(x), eps)
+    return (x * inverse_rms).mul_(weight).to(x.dtype), inverse_rms
+
+
+@fused
+def _backward(x: Tensor, weight: Tensor, inverse_rms: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of x; and of the weight, as sums over some rows."""
+    hat, dy = x * inverse_rms, wide(dy)
+    dx = _normalize_backward(dy * weight, hat, inverse_rms)
+    return dx.to(x.dtype), sum_rows(dy * hat)
+
+
+@fused
+def _gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    gated = wide(x) * F.silu(wide(z))
+    inverse_rms = _inverse_rms(gated, eps)
+    return gated.mul_(inverse_rms).mul_(weight).to(x.dtype), inverse_rms
+
+
+@fused
+def _gated_backward(
+    x: Tensor, z: Tensor, weight: Tensor, inverse_rms: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and z; and of the weight, as sums over some rows."""
+    wide_x, wide_z, dy = wide(x), wide(z), wide(dy)
+    gate = torch.sigmoid(wide_z)
+    silu = wide_z * gate
+    hat = wide_x * silu * inverse_rms
+    dw = sum_rows(dy * hat)
+    d_gated = _normalize_backward(dy * weight, hat, inverse_rms)
+    dx = (d_gated * silu).to(x.dtype)
+    # silu'(z) = sigmoid(z) + silu(z) (1 - sigmoid(z))
+    d_silu = gate.addcmul_(silu, 1 - gate)
+    return dx, d_gated.mul_(wide_x).mul_(d_silu).to(z.dtype), dw
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        hat, _ = _normalize(x, eps)
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.eps = weight, eps
-        return hat.mul_(weight).to(x.dtype)
+        y, inverse_rms = _forward(_rows(x, 1), weight.detach(), eps)
+        ctx.save_for_backward(x, inverse_rms)
+        ctx.weight = weight
+        return y.view_as(x)
 
     @staticmethod
     def backward(ctx, dy):
-        (x,) = ctx.saved_tensors
-        hat, inverse_rms = _normalize(x, ctx.eps)
-        dy = wide(dy)
-        dw = None
-        if ctx.needs_input_grad[1]:
-            dw = deliver_grad(ctx.weight, (dy * hat).flatten(0, -2).sum(0))
-        dx = _normalize_backward(dy * ctx.weight, hat, inverse_rms)
-        return dx.to(x.dtype), dw, None
+        x, inverse_rms = ctx.saved_tensors
+        dx, dw = _backward(_rows(x, 1), ctx.weight.detach(), inverse_rms, _rows(dy, 1))
+        dw = deliver_grad(ctx.weight, dw.sum(0).flatten()) if ctx.needs_input_grad[1] else None
+        return dx.view_as(x), dw, None
 
 
 class _GatedGroupRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, z, weight, eps, num_groups):
-        gated = wide(x) * F.silu(wide(z))
-        hat, _ = _normalize(gated.unflatten(-1, (num_groups, -1)), eps)
-        ctx.save_for_backward(x, z)
-        ctx.weight, ctx.eps, ctx.num_groups = weight, eps, num_groups
-        return hat.flatten(-2).mul_(weight).to(x.dtype)
+        ctx.weight, ctx.groups = weight, num_groups
+        args = _rows(x, num_groups), _rows(z, num_groups), weight.detach().view(num_groups, -1)
+        y, inverse_rms = _gated_forward(*args, eps)
+        ctx.save_for_backward(x, z, inverse_rms)
+        return y.view_as(x)
 
     @staticmethod
     def backward(ctx, dy):
-        x, z = ctx.saved_tensors
-        wide_x, wide_z, dy = wide(x), wide(z), wide(dy)
-        gate = torch.sigmoid(wide_z)
-        silu = wide_z * gate
-        gated = (wide_x * silu).unflatten(-1, (ctx.num_groups, -1))
-        hat, inverse_rms = _normalize(gated, ctx.eps)
-        dw = None
-        if ctx.needs_input_grad[2]:
-            dw = deliver_grad(ctx.weight, (dy * hat.flatten(-2)).flatten(0, -2).sum(0))
-        d_hat = (dy * ctx.weight).unflatten(-1, (ctx.num_groups, -1))
-        d_gated = _normalize_backward(d_hat, hat, inverse_rms).flatten(-2)
-        dx = (d_gated * silu).to(x.dtype)
-        # silu'(z) = sigmoid(z) + silu(z) (1 - sigmoid(z))
-        d_silu = gate.addcmul_(silu, 1 - gate)
-        dz = d_gated.mul_(wide_x).mul_(d_silu).to(z.dtype)
-        return dx, dz, dw, None, None
+        x, z, inverse_rms = ctx.saved_tensors
+        weight = ctx.weight.detach().view(ctx.groups, -1)
+        rows = (_rows(t, ctx.groups) for t in (x, z))
+        dx, dz, dw = _gated_backward(*rows, weight, inverse_rms, _rows(dy, ctx.groups))
+        dw = deliver_grad(ctx.weight, dw.sum(0).flatten()) if ctx.needs_input_grad[2] else None
+        return dx.view_as(x), dz.view_as(z), dw, None, None
+
+
+def _rows(t: Tensor, groups: int) -> Tensor:
+    return t.detach().flatten(0, -2).unflatten(-1, (groups, -1))

@@ -9,7 +9,6 @@ of a group share B and C, which are never copied per head. The backward pass rec
 intermediate from the inputs.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,11 +18,22 @@ from torch import Tensor
 
 from nemomodel.ops.backend import kernel_takes
 from nemomodel.ops.documents import Documents
+from nemomodel.ops.ssd_passes import (
+    exp_sums,
+    hand_back,
+    hand_on,
+    sum_grads,
+    sum_outputs,
+    take_grads,
+    take_steps,
+    weigh_pairs,
+    weigh_pairs_backward,
+)
 
 CPU_CHUNK = 64
 """Longest chunk on a CPU: the work within chunks grows with Q."""
 
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 """Size of the largest intermediates, so that memory does not grow with the length."""
 
 
@@ -78,9 +88,9 @@ def ssd_from_state(
     """
     if x_SBHP.device.type == "cpu":
         chunk_size = min(chunk_size, CPU_CHUNK)
-    state = rearrange(state_BHPN, "b (g h) p n -> b g (h p) n", g=B_SBGN.shape[2])
+    state = rearrange(state_BHPN, "b (g h) p n -> b g n h p", g=B_SBGN.shape[2])
     y_SBHP, states = _scan(x_SBHP, dt_SBH, A_H, B_SBGN, C_SBGN, D_H, chunk_size, None, state)
-    return y_SBHP, states[-1].reshape(state_BHPN.shape)
+    return y_SBHP, rearrange(states[-1], "b g n h p -> b (g h) p n")
 
 
 def _ssd_mamba_ssm(x, dt, A, B, C, D, chunk_size, id_SB) -> Tensor:
@@ -93,14 +103,15 @@ def _ssd_mamba_ssm(x, dt, A, B, C, D, chunk_size, id_SB) -> Tensor:
     )
 
 
-# The sequence is worked off in blocks of J chunks, a state handed from each to the next. Shapes:
-# h heads of one group, so that H = G * h; X = h * P.
+# The sequence is worked off in blocks of J chunks, a state handed from each to the next: matrix
+# products, and between them one pass over what they left. h counts the heads of one group, so that
+# H = G * h.
 
 
 class _Chunks(NamedTuple):
     """One block of the inputs, padded at the end with steps that change nothing (dt = 0)."""
 
-    x: Tensor  # [J, B, G, Q, h, P]
+    x: Tensor  # [J, B, G, Q, h, P], a view
     dt: Tensor  # [J, B, G, h, Q]
     B: Tensor  # [J, B, G, Q, N]
     C: Tensor  # [J, B, G, Q, N]
@@ -118,19 +129,25 @@ class _Decays(NamedTuple):
     whole: Tensor  # [J, B, G, h], from the state before the chunk to the state after it
 
 
+_X = "(j q) b (g h) p -> j b g q h p"
+_DT = "(j q) b (g h) -> j b g h q"
+_BC = "(j q) b g n -> j b g q n"
+
+
 def _blocks(x_SBHP: Tensor, Q: int) -> list[slice]:
     S, B, H, P = x_SBHP.shape
     chunks = max(1, BLOCK_ELEMENTS[x_SBHP.device.type] // (B * H * Q * max(P, Q)))
     return [slice(start, min(start + chunks * Q, S)) for start in range(0, S, chunks * Q)]
 
 
+def _pad(t: Tensor, rows: slice, Q: int) -> Tensor:
+    """Some rows, and zeros up to whole chunks."""
+    padding = (rows.start - rows.stop) % Q
+    return F.pad(t[rows], (0, 0) * (t.dim() - 1) + (0, padding)) if padding else t[rows]
+
+
 def _cut(x, dt, B, C, id_SB, *, rows: slice, Q: int) -> _Chunks:
     G, padding = B.shape[2], (rows.start - rows.stop) % Q
-
-    def pad(t):
-        t = t[rows]
-        return F.pad(t, (0, 0) * (t.dim() - 1) + (0, padding)) if padding else t
-
     causal = torch.ones(Q, Q, dtype=dt.dtype, device=dt.device).tril_()
     sees, starts_here, ends_here = causal.expand(1, 1, 1, Q, Q), None, None
     if id_SB is not None:
@@ -142,10 +159,10 @@ def _cut(x, dt, B, C, id_SB, *, rows: slice, Q: int) -> _Chunks:
         starts_here = ids == torch.cat([first, ids[:-1, ..., -1:]])
         ends_here = ids == ids[..., -1:]
     return _Chunks(
-        x=rearrange(pad(x), "(j q) b (g h) p -> j b g q h p", q=Q, g=G).contiguous(),
-        dt=rearrange(pad(dt), "(j q) b (g h) -> j b g h q", q=Q, g=G).contiguous(),
-        B=rearrange(pad(B), "(j q) b g n -> j b g q n", q=Q).contiguous(),
-        C=rearrange(pad(C), "(j q) b g n -> j b g q n", q=Q).contiguous(),
+        x=rearrange(_pad(x, rows, Q), _X, q=Q, g=G),
+        dt=rearrange(_pad(dt, rows, Q), _DT, q=Q, g=G).contiguous(),
+        B=rearrange(_pad(B, rows, Q), _BC, q=Q).contiguous(),
+        C=rearrange(_pad(C, rows, Q), _BC, q=Q).contiguous(),
         sees=sees,
         starts_here=starts_here,
         ends_here=ends_here,
@@ -157,159 +174,101 @@ def _decays(c: _Chunks, A_H: Tensor) -> _Decays:
     # A product with a 0/1 matrix, not cumsum: a sum that starts at a document border then has
     # the same bits whatever the document before it holds.
     sums = steps @ c.sees.mT
-    from_start, to_end = _exp(sums), _exp(sums[..., -1:] - sums)
-    whole = from_start[..., -1].clone()
-    if c.starts_here is not None:
-        from_start = from_start * c.starts_here
-        to_end = to_end * c.ends_here
-        whole = whole * c.starts_here[..., -1]
-    return _Decays(sums, from_start, to_end, whole)
+    return _Decays(sums, *exp_sums(sums, c.starts_here, c.ends_here))
 
 
-LOWEST = -40.0
-"""exp of less adds nothing to terms near 1, but its products are denormal numbers, which make
-every operation on a CPU more than ten times slower."""
-
-
-def _exp(sums: Tensor) -> Tensor:
-    return sums.clamp(LOWEST, 0).exp_().mul_(sums > LOWEST)
-
-
-def _within(d: _Decays) -> Tensor:
-    """L, [J, B, G, h, Q, Q]; pairs that `sees` excludes are not 0 here, nor overflow."""
-    return (d.sums.unsqueeze(-1) - d.sums.unsqueeze(-2)).clamp_(LOWEST, 0).exp_()
-
-
-def _scores(c: _Chunks) -> Tensor:
-    """C B^T of pairs that see each other, else 0: shared by the heads of a group."""
-    return (c.C @ c.B.mT).to(c.dt.dtype).mul_(c.sees)
-
-
-def _scale(t_JBGQhP: Tensor, by_JBGhQ: Tensor) -> Tensor:
-    return t_JBGQhP * by_JBGhQ.mT.unsqueeze(-1).to(t_JBGQhP.dtype)
-
-
-def _dot(a_JBGQhP: Tensor, b_JBGQhP: Tensor) -> Tensor:
-    """Sum over P, as [J, B, G, h, Q]."""
-    return torch.linalg.vecdot(a_JBGQhP, b_JBGQhP).mT
-
-
-def _heads(t_JBGQhP: Tensor) -> Tensor:
-    """[J, B, G, h, Q, P], and back."""
-    return t_JBGQhP.transpose(3, 4)
-
-
-def _hand_on(t: Tensor, whole: Tensor, order: Iterable[tuple[int, int]]) -> None:
-    """t[to] += t[before] decayed over the chunk between the two, for each (before, to) in turn.
-
-    Args:
-        t: at the borders of chunks, [J + 1, B, G, X, N].
-    """
-    by_head = t.unflatten(3, (whole.shape[3], -1))
-    for before, to in order:
-        by_head[to].addcmul_(by_head[before], whole[min(before, to), ..., None, None])
-
-
-def _states(c: _Chunks, d: _Decays, u: Tensor, state: Tensor) -> Tensor:
-    """State before each chunk and after the last one, [J + 1, B, G, X, N], from u = dt x.
-
-    Args:
-        state: [B, G, X, N] before the first chunk.
-    """
-    added = _scale(u, d.to_end).flatten(-2).mT @ c.B
-    states = torch.cat([state.unsqueeze(0), added.to(state.dtype)])
-    _hand_on(states, d.whole, ((j, j + 1) for j in range(len(added))))
-    return states
-
-
-def _forward_block(c: _Chunks, A: Tensor, D: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """y [J, B, G, Q, h, P], and the state after the block."""
+def _forward_block(c: _Chunks, A: Tensor, D: Tensor, state: Tensor, out: Tensor) -> Tensor:
+    """The state after the block; y goes into `out`, a view like x."""
+    h, P = c.x.shape[-2:]
     d = _decays(c, A)
-    u = _scale(c.x, c.dt)
-    states = _states(c, d, u, state)
-    from_state = (c.C @ states[:-1].to(u.dtype).mT).view_as(u)
-    y = from_state.mul_(d.from_start.mT.unsqueeze(-1).to(u.dtype))
-    M = _within(d).mul_(_scores(c).unsqueeze(3)).to(u.dtype)
-    y += _heads(M @ _heads(u))
-    y.addcmul_(c.x, D.view(y.shape[2], 1, -1, 1).to(y.dtype))
-    return y, states[-1].clone()  # not a view of all of them
+    u, u_end = take_steps(c.x, c.dt, d.to_end)
+    added = (c.B.mT @ u_end.flatten(-2)).unflatten(-1, (h, P))
+    states, state = hand_on(added, d.whole, state)
+    from_state = (c.C @ states.flatten(-2)).unflatten(-1, (h, P))
+    within = weigh_pairs(d.sums, c.C @ c.B.mT, c.sees) @ u
+    sum_outputs(out, from_state, d.from_start, within, c.x, D.view(-1, 1, h, 1))
+    return state
 
 
 def _backward_block(
-    c: _Chunks, A: Tensor, D: Tensor, dy: Tensor, state: Tensor, d_state: Tensor
+    c: _Chunks, A: Tensor, D: Tensor, dy: Tensor, state: Tensor, d_state: Tensor, dx: Tensor
 ) -> tuple[Tensor, ...]:
-    """Gradients of one block: dx, d_dt, dB, dC in chunks; dA, dD; and of the state before it.
+    """Gradients of one block: d_dt, dB, dC in chunks; dA, dD; and of the state before it.
 
     Args:
         state: before the block, as in the forward pass.
         d_state: gradient of the state after the block.
+        dx: where the gradient of x goes, a view like x.
     """
-    G, heads, wide = c.dt.shape[2], c.dt.shape[3], c.dt.dtype
+    G, _, h, P = c.x.shape[2:]
     d = _decays(c, A)
-    u = _scale(c.x, c.dt)
-    states = _states(c, d, u, state)[:-1]
-    narrow = states.to(u.dtype)
-    wide_x, wide_dy = c.x.to(wide), dy.to(wide)
+    u, u_end = take_steps(c.x, c.dt, d.to_end)
+    dy_heads, dy_start = take_grads(dy, d.from_start)
+    u_end, dy_start = u_end.flatten(-2), dy_start.flatten(-2)
 
-    # From the state before each chunk to the outputs.
-    dy_start = _scale(dy, d.from_start).flatten(-2)  # [J, B, G, Q, X]
-    dC = dy_start @ narrow
-    from_state = (c.C @ narrow.mT).view_as(dy).to(wide)
-    d_sums = d.from_start * _dot(wide_dy, from_state)
-
-    # From chunk to chunk, last to first.
-    d_states = torch.cat([(dy_start.mT @ c.C).to(wide), d_state.unsqueeze(0)])
-    _hand_on(d_states, d.whole, ((j + 1, j) for j in reversed(range(len(states)))))
-    d_state, d_after = d_states[0].clone(), d_states[1:]
-    by_head = (t.unflatten(3, (heads, -1)).flatten(-2) for t in (d_after, states))
-    d_sums[..., -1] += torch.linalg.vecdot(*by_head) * d.whole
-
-    # From the inputs of each chunk to the state after it.
-    narrow = d_after.to(u.dtype)
-    du = (c.B @ narrow.mT).view_as(u).mul_(d.to_end.mT.unsqueeze(-1).to(u.dtype))
-    dB = _scale(u, d.to_end).flatten(-2) @ narrow
-    to_state = c.dt * _dot(wide_x, du.to(wide))
+    # From chunk to chunk.
+    states, _ = hand_on((c.B.mT @ u_end).unflatten(-1, (h, P)), d.whole, state)
+    d_added = (c.C.mT @ dy_start).unflatten(-1, (h, P))
+    d_after, d_whole, d_state = hand_back(d_added, d.whole, d_state, states)
+    states, d_after = states.flatten(-2), d_after.flatten(-2)
+    dC, dB = dy_start @ states.mT, u_end @ d_after.mT
+    from_state = (c.C @ states).unflatten(-1, (h, P))
+    to_state = (c.B @ d_after).unflatten(-1, (h, P))
 
     # Within the chunks.
-    scores, L = _scores(c).unsqueeze(3), _within(d)
-    dy_h, u_h = _heads(dy).contiguous(), _heads(u).contiguous()
-    L_dM = (dy_h @ u_h.mT).to(wide).mul_(L)
-    M = L.mul_(scores)
-    du += _heads(M.to(u.dtype).mT @ dy_h)
-    d_scores = L_dM.sum(3).mul_(c.sees).to(c.C.dtype)
+    M, d_scores, d_log = weigh_pairs_backward(d.sums, c.C @ c.B.mT, c.sees, dy_heads @ u.mT)
     dC += d_scores @ c.B
     dB += d_scores.mT @ c.C
-    L_dM *= scores
+    d_dt, d_to_end, d_sums, x_dy = sum_grads(
+        dx,
+        c.x,
+        dy,
+        from_state,
+        to_state,
+        M.mT @ dy_heads,
+        c.dt,
+        d.from_start,
+        d.to_end,
+        D.view(G, 1, h, 1),
+    )
 
     # The step at t is part of the decay from j to i where j < t <= i. Only those pairs are added:
     # sums over i less sums over j would cancel the others, which are larger, up to rounding.
     causal = torch.ones_like(c.sees[0, 0, 0]).tril_()  # [i, t], t <= i
     before = 1 - causal  # [j, t], j < t
-    d_steps = d_sums @ c.sees + to_state @ (c.sees.mT * before)
-    d_steps += (L_dM @ before).mul_(causal).sum(-2)
-    d_dt = _dot(wide_x, du.to(wide)).addcmul_(d_steps, A.view(G, heads, 1))
+    d_sums[..., -1] += d_whole
+    d_steps = d_sums @ c.sees + d_to_end @ (c.sees.mT * before)
+    d_steps += (d_log @ before).mul_(causal).sum(-2)
+    d_dt = torch.addcmul(d_dt, d_steps, A.view(G, h, 1))
     dA = (d_steps * c.dt).sum((0, 1, 4)).flatten()
-    dD = _dot(wide_x, wide_dy).sum((0, 1, 4)).flatten()
-    dx = _scale(du, c.dt).addcmul_(dy, D.view(G, 1, heads, 1).to(dy.dtype))
-    return dx, d_dt, dB, dC, dA, dD, d_state
+    return d_dt, dB, dC, dA, x_dy.sum((0, 1, 4)).flatten(), d_state
+
+
+def _whole_chunks(like: Tensor, Q: int) -> Tensor:
+    """Empty, long enough for the padding of the last chunk."""
+    return like.new_empty(-(-len(like) // Q) * Q, *like.shape[1:])
+
+
+def _with_padding(t: Tensor, rows: slice, Q: int) -> Tensor:
+    """Some rows of what `_whole_chunks` made."""
+    return t[rows.start : rows.stop + (rows.start - rows.stop) % Q]
 
 
 def _scan(x, dt, A, B, C, D, Q, id_SB, state: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """y, and the states [B, G, X, N] before each block and after the last one."""
-    y, states = torch.empty_like(x, memory_format=torch.contiguous_format), [state]
+    """y, and the states [B, G, N, h, P] before each block and after the last one."""
+    y, states = _whole_chunks(x, Q), [state]
     for rows in _blocks(x, Q):
         c = _cut(x, dt, B, C, id_SB, rows=rows, Q=Q)
-        y_JBGQhP, state = _forward_block(c, A, D, state)
-        y[rows] = _join(y_JBGQhP, rows)
-        states.append(state)
-    return y, states
+        y_block = rearrange(_with_padding(y, rows, Q), _X, q=Q, g=B.shape[2])
+        states.append(_forward_block(c, A, D, states[-1], y_block))
+    return y[: len(x)], states
 
 
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, Q, id_SB):
-        G = B.shape[2]
-        state = dt.new_zeros(x.shape[1], G, x.shape[2] // G * x.shape[3], B.shape[3])
+        G, N = B.shape[2:]
+        state = dt.new_zeros(x.shape[1], G, N, x.shape[2] // G, x.shape[3])
         y, states = _scan(x, dt, A, B, C, D, Q, id_SB, state)
         ctx.save_for_backward(x, dt, A, B, C, D, id_SB, *states[:-1])
         ctx.Q = Q
@@ -318,23 +277,21 @@ class _SSD(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, dt, A, B, C, D, id_SB, *states = ctx.saved_tensors
-        dx, d_dt, dB, dC = (
-            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C)
-        )
+        Q, G = ctx.Q, B.shape[2]
+        dx, d_dt, dB, dC = (_whole_chunks(t, Q) for t in (x, dt, B, C))
         dA, dD = torch.zeros_like(A), torch.zeros_like(D)
         d_state = torch.zeros_like(states[0])
-        for rows, state in reversed(list(zip(_blocks(x, ctx.Q), states, strict=True))):
-            c = _cut(x, dt, B, C, id_SB, rows=rows, Q=ctx.Q)
-            dy_block = _cut(dy, dt, B, C, None, rows=rows, Q=ctx.Q).x
-            *parts, dA_block, dD_block, d_state = _backward_block(c, A, D, dy_block, state, d_state)
-            dx[rows], dB[rows], dC[rows] = (_join(parts[i], rows) for i in (0, 2, 3))
-            d_dt[rows] = rearrange(parts[1], "j b g h q -> (j q) b (g h)")[: rows.stop - rows.start]
+        for rows, state in reversed(list(zip(_blocks(x, Q), states, strict=True))):
+            c = _cut(x, dt, B, C, id_SB, rows=rows, Q=Q)
+            dy_block = rearrange(_pad(dy, rows, Q), _X, q=Q, g=G)
+            dx_block = rearrange(_with_padding(dx, rows, Q), _X, q=Q, g=G)
+            d_dt_block, dB_block, dC_block, dA_block, dD_block, d_state = _backward_block(
+                c, A, D, dy_block, state, d_state, dx_block
+            )
+            rearrange(_with_padding(d_dt, rows, Q), _DT, q=Q, g=G).copy_(d_dt_block)
+            rearrange(_with_padding(dB, rows, Q), _BC, q=Q).copy_(dB_block)
+            rearrange(_with_padding(dC, rows, Q), _BC, q=Q).copy_(dC_block)
             dA += dA_block
             dD += dD_block
+        dx, d_dt, dB, dC = (t[: len(x)] for t in (dx, d_dt, dB, dC))
         return dx, d_dt, dA, dB, dC, dD, None, None
-
-
-def _join(t: Tensor, rows: slice) -> Tensor:
-    """Chunks back to positions: [S, B, H, P] of [J, B, G, Q, h, P], [S, B, G, N] of B or C."""
-    pattern = "j b g q h p -> (j q) b (g h) p" if t.dim() == 6 else "j b g q n -> (j q) b g n"
-    return rearrange(t, pattern)[: rows.stop - rows.start]

@@ -15,7 +15,6 @@ rounded with comparisons here. Small matrices are not worth a call, nor a wait f
 
 import functools
 import itertools
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemomodel.ops.fused import compiled, has_compiler
 from nemomodel.quant.formats import E4M3
 from nemomodel.quant.hadamard import SIGNS
 from nemomodel.quant.mx import block_exponents
@@ -33,8 +33,6 @@ from nemomodel.quant.rounding import exp2, hash_counter, round_nearest, round_st
 
 if TYPE_CHECKING:
     from nemomodel.quant.operand import OperandFormat, Place2D
-
-log = logging.getLogger(__name__)
 
 WORTH_A_CALL = 2**17
 """Elements from which compiled passes are used: their calls take as long as the plain quantiser
@@ -65,7 +63,7 @@ def takes(x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
         and x.numel() >= WORTH_A_CALL
-        and _has_compiler()
+        and has_compiler()
     )
 
 
@@ -287,7 +285,7 @@ class _Graph:
     """A compiled function whose first call leaves sizes open."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.open = _compiled(function), False
+        self.function, self.open = compiled(function), False
 
     def __call__(self, *args: Tensor) -> Any:
         if self.open:
@@ -305,26 +303,3 @@ class _Graph:
 @functools.cache
 def _graph(function: Callable[..., Any], kinds: tuple) -> _Graph:
     return _Graph(function)
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    options = {
-        # What lies between input and output stays in registers.
-        "realize_opcount_threshold": 10_000,
-        "realize_reads_threshold": 10_000,
-        "compile_threads": 1,
-    }
-    return torch.compile(function, options=options)
-
-
-@functools.cache
-def _has_compiler() -> bool:
-    """Whether torch.compile works here; says once if not."""
-    try:
-        _compiled(torch.neg)(torch.zeros(LANES))
-    except torch._dynamo.exc.TorchDynamoException as error:
-        why = str(error).strip().partition("\n")[0]
-        log.warning("quantiser: plain PyTorch, several times slower (torch.compile: %s)", why)
-        return False
-    return True

@@ -31,6 +31,7 @@ from nemomodel.observe.logs import setup_logging
 from nemomodel.observe.peak import Peak, peak_flops
 from nemomodel.observe.sinks import Sink, check_backends, open_sinks, write_metrics
 from nemomodel.ops import backend
+from nemomodel.ops.fused import use_compiler
 from nemomodel.parallel.mcore import Ranks, start_ranks, stop_ranks, wrap_ddp
 from nemomodel.parallel.optimizer import build_optimizer, build_scheduler
 from nemomodel.quant.compiled import WORTH_A_CALL
@@ -62,6 +63,7 @@ def run(config: Config) -> int:
         torch.use_deterministic_algorithms(True)
     ranks = start_ranks(config)
     setup_logging(ranks.rank)
+    use_compiler(config.train.compile)
     try:
         with stop_request() as request:
             _check_quantizer(config, ranks)
