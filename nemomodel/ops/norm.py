@@ -20,7 +20,7 @@ def gated_group_rms_norm(
     """RMSNorm of x * silu(z) within each of `num_groups` slices of the last dimension.
 
     Source: arXiv:2405.21060 section 8.2; gate before norm, as Megatron-LM
-    core/ssm/mamba_mixer.py @ d98e8a64 (norm_before_gate=False). Keeps x and z only.
+    core/ssm/mamba_mixer.py @ d98e8a64 (norm_before_gate=False). Keeps x, z and 1 / rms only.
     """
     return _GatedGroupRMSNorm.apply(x, z, weight, eps, num_groups)
 
