@@ -68,9 +68,13 @@ def _taps(weight: Tensor) -> Tensor:
 
 
 def _pad_start(x_SBC: Tensor, taps: Tensor) -> Tensor:
+    zeros = len(taps) - 1
     # Not compiled, every tap would widen it again.
-    x_SBC = x_SBC if compiling() else wide(x_SBC)
-    return F.pad(x_SBC, (0, 0, 0, 0, len(taps) - 1, 0))
+    dtype = x_SBC.dtype if compiling() else taps.dtype
+    xp = x_SBC.new_empty(zeros + len(x_SBC), *x_SBC.shape[1:], dtype=dtype)
+    xp[:zeros] = 0
+    xp[zeros:] = x_SBC
+    return xp
 
 
 def _links(id_SB: Tensor | None, W: int) -> Tensor | None:
@@ -85,7 +89,7 @@ def _sum_taps(xp: Tensor, taps: Tensor, bias: Tensor, links: Tensor | None) -> T
     W, S, acc = len(taps), len(xp) - len(taps) + 1, None
     for w in range(W):
         x = wide(xp[W - 1 - w : W - 1 - w + S])
-        x = x if links is None else x * links[w, :S]
+        x = x * links[w, :S] if w and links is not None else x
         tap = taps[W - 1 - w]
         acc = torch.addcmul(bias, x, tap) if acc is None else acc.addcmul_(x, tap)
     return acc
@@ -102,7 +106,7 @@ def _backward_silu(
 ) -> None:
     """Gradient of the sum of taps, into `out`."""
     acc = _sum_taps(xp, taps, bias, links)
-    out.copy_(torch.ops.aten.silu_backward(wide(dy), acc))
+    torch.ops.aten.silu_backward.grad_input(wide(dy), acc, grad_input=out)
 
 
 @fused
@@ -117,7 +121,7 @@ def _backward_taps(
     W, S = len(taps), len(d_acc) - len(taps) + 1
     dx, d_taps = None, []
     for w in range(W):
-        linked = d_acc if links is None else d_acc * links[w]
+        linked = d_acc * links[w] if w and links is not None else d_acc
         d, tap = linked[w : w + S], taps[W - 1 - w]
         dx = d * tap if dx is None else dx.addcmul_(d, tap)
         d_taps.append(sum_rows(linked[:S] * wide(xp[W - 1 - w : W - 1 - w + S])))
