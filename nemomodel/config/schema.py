@@ -255,7 +255,7 @@ class TrainConfig:
     """Layer kinds whose activations are recomputed in the backward pass instead of kept."""
     compile: bool = False
     """Compile what lies between matrix products (torch.compile): faster steps, most of all in BF16,
-    after a first one that waits a minute or two for the compiler. Not the products themselves."""
+    after a first one that waits up to a minute for the compiler."""
     validation_interval: Count | None = None
     """Steps between validation losses; none: only after the last step."""
     validation_sequences: Count = 64
