@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nemomodel.ops.documents import Documents
 from nemomodel.ops.precision import accumulator
+from nemomodel.ops.product import add_product, scaled_product
 
 
 def causal_attention(
@@ -37,7 +38,7 @@ def _attend(q_BHSP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor) -> Tensor:
     return _BlockedAttention.apply(q_BHSP, k_BGSP, v_BGSP)
 
 
-CPU_BLOCK = 48
+CPU_BLOCK = 64
 """Queries at a time on a CPU: few enough that the scores stay in cache."""
 
 
@@ -65,18 +66,18 @@ class _BlockedAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         q, k, v = _fold(*saved)
         dy, _, _ = _fold(dy, *saved[1:])
-        wide = accumulator(q.dtype)
+        wide, scale = accumulator(q.dtype), q.shape[-1] ** -0.5
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(t, dtype=wide) for t in (k, v))
         for start, stop in _blocks(q):
             q_block, dy_block = (t[:, :, start:stop].flatten(1, 2) for t in (q, dy))
             p = _probabilities(q, k, start, stop).flatten(1, 2)
-            dv[:, :stop] += p.to(dy.dtype).mT @ dy_block
+            add_product(dv[:, :stop], p.to(dy.dtype).mT, dy_block)
             dp = (dy_block @ v[:, :stop].mT).to(wide)
-            ds = dp.sub_(torch.linalg.vecdot(dp, p).unsqueeze(-1)).mul_(p)
-            ds = ds.mul_(q.shape[-1] ** -0.5).to(q.dtype)
-            dq[:, :, start:stop] = (ds @ k[:, :stop]).view_as(dq[:, :, start:stop])
-            dk[:, :stop] += ds.mT @ q_block
+            ds = torch._softmax_backward_data(dp, p, -1, wide).to(q.dtype)
+            dq_block = scaled_product(ds, k[:, :stop], scale)
+            dq[:, :, start:stop] = dq_block.view_as(dq[:, :, start:stop])
+            add_product(dk[:, :stop], ds.mT, q_block, scale)
         dk, dv = (d.to(k.dtype).view_as(t) for d, t in zip((dk, dv), saved[1:], strict=True))
         return _unfold(dq, len(saved[0])), dk, dv
 
@@ -103,9 +104,8 @@ def _blocks(q: Tensor) -> list[tuple[int, int]]:
 def _probabilities(q: Tensor, k: Tensor, start: int, stop: int) -> Tensor:
     """softmax(q k^T / sqrt(P)) of queries start..stop, wide: [B * G, h, stop - start, stop]."""
     q_block = q[:, :, start:stop]
-    wide = accumulator(q.dtype)
-    scores = (q_block.flatten(1, 2) @ k[:, :stop].mT).to(wide).mul_(q.shape[-1] ** -0.5)
-    scores = scores.view(*q_block.shape[:3], stop)
+    scores = scaled_product(q_block.flatten(1, 2), k[:, :stop].mT, q.shape[-1] ** -0.5)
+    scores = scores.to(accumulator(q.dtype)).view(*q_block.shape[:3], stop)
     later = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
     scores[..., start:].masked_fill_(later, -torch.inf)
     return scores.softmax(-1)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nemomodel.ops.activation import gated_squared_relu
@@ -110,15 +111,16 @@ def grouped_linear(x_RI: Tensor, weight: Tensor, rows_E: Tensor) -> Tensor:
 
 
 def _sum_rows(y_RL: Tensor, order: Permutation) -> Tensor:
-    T, K = order.row_TK.shape
-    return y_RL[order.row_TK.flatten()].view(T, K, y_RL.shape[-1]).sum(1)
+    if y_RL.is_cuda or y_RL.dtype == torch.bfloat16:  # embedding_bag rounds ties of BF16 up
+        return F.embedding(order.row_TK, y_RL).sum(1)
+    return F.embedding_bag(order.row_TK, y_RL, mode="sum")
 
 
 class _CopyTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, order):
         ctx.order = order
-        return z[order.token_R]
+        return F.embedding(order.token_R, z)
 
     @staticmethod
     def backward(ctx, dy):
@@ -133,7 +135,7 @@ class _AddCopies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz):
-        return dz[ctx.order.token_R], None
+        return F.embedding(ctx.order.token_R, dz), None
 
 
 class _PermuteGates(torch.autograd.Function):

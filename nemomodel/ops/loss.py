@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemomodel.ops.precision import accumulator
-from nemomodel.ops.product import product
+from nemomodel.ops.product import add_product, product
 from nemomodel.ops.wgrad import accumulate_grad
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
@@ -93,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if need_hidden:
                     d_hiddens[i][part] = product(d_logits, weight)
                 if need_weight:
-                    dw += product(d_logits.T, h)
+                    add_product(dw, d_logits.T, h)
         ctx.weight = weight
         ctx.save_for_backward(dw, *d_hiddens)
         ctx.mark_non_differentiable(sums)
