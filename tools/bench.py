@@ -169,10 +169,14 @@ def compare_time(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, flo
 
 
 def alternate(run: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each, all in turn; a first call that compiles comes before."""
+    """Median CPU seconds of each, all in turn; a first call that compiles comes before.
+
+    Every other round goes backwards, so that none always comes after the same one: what a call
+    leaves in caches, oneDNN's of the last 1024 kernels too, matters to the next.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in run}
-    for _ in range(rounds):
-        for name, call in run.items():
+    for i in range(rounds):
+        for name, call in (reversed if i % 2 else list)(run.items()):
             start = time.process_time()
             call()
             seconds[name].append(time.process_time() - start)
