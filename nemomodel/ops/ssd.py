@@ -33,7 +33,7 @@ from nemomodel.ops.ssd_passes import (
 CPU_CHUNK = 64
 """Longest chunk on a CPU: the work within chunks grows with Q."""
 
-BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Size of the largest intermediates, so that memory does not grow with the length."""
 
 
