@@ -6,7 +6,7 @@
 Within a chunk of Q positions this is y = (C B^T * L) (dt x) with L_ij = exp(sum of dt A over
 i >= k > j); between chunks one state per head is handed on (section 6 of the paper). The heads
 of a group share B and C, which are never copied per head. The backward pass recomputes every
-intermediate from the inputs, but for the states before the chunks, which are kept.
+intermediate from the inputs.
 """
 
 from typing import NamedTuple
@@ -89,8 +89,8 @@ def ssd_from_state(
     if x_SBHP.device.type == "cpu":
         chunk_size = min(chunk_size, CPU_CHUNK)
     state = rearrange(state_BHPN, "b (g h) p n -> b g n h p", g=B_SBGN.shape[2])
-    y_SBHP, _, state = _scan(x_SBHP, dt_SBH, A_H, B_SBGN, C_SBGN, D_H, chunk_size, None, state)
-    return y_SBHP, rearrange(state, "b g n h p -> b (g h) p n")
+    y_SBHP, states = _scan(x_SBHP, dt_SBH, A_H, B_SBGN, C_SBGN, D_H, chunk_size, None, state)
+    return y_SBHP, rearrange(states[-1], "b g n h p -> b (g h) p n")
 
 
 def _ssd_mamba_ssm(x, dt, A, B, C, D, chunk_size, id_SB) -> Tensor:
@@ -177,11 +177,8 @@ def _decays(c: _Chunks, A_H: Tensor) -> _Decays:
     return _Decays(sums, *exp_sums(sums, c.starts_here, c.ends_here))
 
 
-def _forward_block(
-    c: _Chunks, A: Tensor, D: Tensor, state: Tensor, out: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The state before each chunk, narrow, and the one after the block; y goes into `out`, a view
-    like x."""
+def _forward_block(c: _Chunks, A: Tensor, D: Tensor, state: Tensor, out: Tensor) -> Tensor:
+    """The state after the block; y goes into `out`, a view like x."""
     h, P = c.x.shape[-2:]
     d = _decays(c, A)
     u, u_end = take_steps(c.x, c.dt, d.to_end)
@@ -190,16 +187,16 @@ def _forward_block(
     from_state = (c.C @ states.flatten(-2)).unflatten(-1, (h, P))
     within = weigh_pairs(d.sums, c.C @ c.B.mT, c.sees) @ u
     sum_outputs(out, from_state, d.from_start, within, c.x, D.view(-1, 1, h, 1))
-    return states, state
+    return state
 
 
 def _backward_block(
-    c: _Chunks, A: Tensor, D: Tensor, dy: Tensor, states: Tensor, d_state: Tensor, dx: Tensor
+    c: _Chunks, A: Tensor, D: Tensor, dy: Tensor, state: Tensor, d_state: Tensor, dx: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients of one block: d_dt, dB, dC in chunks; dA, dD; and of the state before it.
 
     Args:
-        states: before each chunk, of the forward pass.
+        state: before the block, as in the forward pass.
         d_state: gradient of the state after the block.
         dx: where the gradient of x goes, a view like x.
     """
@@ -210,6 +207,7 @@ def _backward_block(
     u_end, dy_start = u_end.flatten(-2), dy_start.flatten(-2)
 
     # From chunk to chunk.
+    states, _ = hand_on((c.B.mT @ u_end).unflatten(-1, (h, P)), d.whole, state)
     d_added = (c.C.mT @ dy_start).unflatten(-1, (h, P))
     d_after, d_whole, d_state = hand_back(d_added, d.whole, d_state, states)
     states, d_after = states.flatten(-2), d_after.flatten(-2)
@@ -256,15 +254,14 @@ def _with_padding(t: Tensor, rows: slice, Q: int) -> Tensor:
     return t[rows.start : rows.stop + (rows.start - rows.stop) % Q]
 
 
-def _scan(x, dt, A, B, C, D, Q, id_SB, state: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-    """y, the states [J, B, G, N, h, P] before the chunks of each block, and the last state."""
-    y, states_of = _whole_chunks(x, Q), []
+def _scan(x, dt, A, B, C, D, Q, id_SB, state: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """y, and the states [B, G, N, h, P] before each block and after the last one."""
+    y, states = _whole_chunks(x, Q), [state]
     for rows in _blocks(x, Q):
         c = _cut(x, dt, B, C, id_SB, rows=rows, Q=Q)
         y_block = rearrange(_with_padding(y, rows, Q), _X, q=Q, g=B.shape[2])
-        states, state = _forward_block(c, A, D, state, y_block)
-        states_of.append(states)
-    return y[: len(x)], states_of, state
+        states.append(_forward_block(c, A, D, states[-1], y_block))
+    return y[: len(x)], states
 
 
 class _SSD(torch.autograd.Function):
@@ -272,24 +269,24 @@ class _SSD(torch.autograd.Function):
     def forward(ctx, x, dt, A, B, C, D, Q, id_SB):
         G, N = B.shape[2:]
         state = dt.new_zeros(x.shape[1], G, N, x.shape[2] // G, x.shape[3])
-        y, states, _ = _scan(x, dt, A, B, C, D, Q, id_SB, state)
-        ctx.save_for_backward(x, dt, A, B, C, D, id_SB, *states)
+        y, states = _scan(x, dt, A, B, C, D, Q, id_SB, state)
+        ctx.save_for_backward(x, dt, A, B, C, D, id_SB, *states[:-1])
         ctx.Q = Q
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, dt, A, B, C, D, id_SB, *states_of = ctx.saved_tensors
+        x, dt, A, B, C, D, id_SB, *states = ctx.saved_tensors
         Q, G = ctx.Q, B.shape[2]
         dx, d_dt, dB, dC = (_whole_chunks(t, Q) for t in (x, dt, B, C))
         dA, dD = torch.zeros_like(A), torch.zeros_like(D)
-        d_state = torch.zeros_like(states_of[0][0], dtype=dt.dtype)
-        for rows, states in reversed(list(zip(_blocks(x, Q), states_of, strict=True))):
+        d_state = torch.zeros_like(states[0])
+        for rows, state in reversed(list(zip(_blocks(x, Q), states, strict=True))):
             c = _cut(x, dt, B, C, id_SB, rows=rows, Q=Q)
             dy_block = rearrange(_pad(dy, rows, Q), _X, q=Q, g=G)
             dx_block = rearrange(_with_padding(dx, rows, Q), _X, q=Q, g=G)
             d_dt_block, dB_block, dC_block, dA_block, dD_block, d_state = _backward_block(
-                c, A, D, dy_block, states, d_state, dx_block
+                c, A, D, dy_block, state, d_state, dx_block
             )
             rearrange(_with_padding(d_dt, rows, Q), _DT, q=Q, g=G).copy_(d_dt_block)
             rearrange(_with_padding(dB, rows, Q), _BC, q=Q).copy_(dB_block)

@@ -2,8 +2,10 @@
 
 import json
 import math
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from nemomodel.config.schema import Config
 from nemomodel.model.count import describe, layer_flops, parameter_shapes
 from nemomodel.model.init import initialize
 from nemomodel.model.nemotron import Nemotron
+from nemomodel.ops import product
 from nemomodel.ops.attention import CPU_BLOCK
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -193,25 +196,40 @@ def test_names_and_shapes_are_those_of_the_built_model(name: str) -> None:
     assert sum(b.numel() for b in model.buffers()) == sum(count(name)["router_biases"].values())
 
 
+def added_flops(_, a: torch.Size, b: torch.Size, **__: Any) -> int:
+    """Of a product that is added in place."""
+    return 2 * math.prod(a) * b[-1]
+
+
 def run_and_count_flops(config: Config, *, train: bool) -> dict[str, dict[str, float]]:
     """Module -> operator -> FLOPs per token that torch counts in one pass.
 
-    The counter knows matrix products; of this model's work it does not see the fused attention
-    core of a CPU and the convolution, which is elementwise there.
+    The counter knows PyTorch's own matrix products, so oneDNN's are switched off; of this model's
+    work it does not see the convolution, which is elementwise on a CPU. Products that add to
+    something or scale the result count as the plain ones.
     """
     model = Nemotron(config.model, dtype=torch.float32)
     initialize(model, seed=0)
     shape = (2, config.train.seq_length)
     ids_BS = torch.randint(config.model.vocab_size, shape)
-    with FlopCounterMode(depth=4, display=False) as counter:
+    without_onednn = mock.patch.object(product, "ONEDNN_MIN_PRODUCTS", math.inf)
+    in_place = dict.fromkeys([torch.ops.aten.addmm_, torch.ops.aten.baddbmm_], added_flops)
+    counter = FlopCounterMode(depth=4, display=False, custom_mapping=in_place)
+    with without_onednn, counter:
         if train:
             model.loss(ids_BS, ids_BS.roll(-1), torch.ones(shape, dtype=torch.bool)).backward()
         else:
             model(ids_BS)
-    return {
-        module: {str(op): flops / ids_BS.numel() for op, flops in ops.items()}
-        for module, ops in counter.flop_counts.items()
+    plain = {
+        "aten.addmm_": "aten.mm",
+        "aten.baddbmm": "aten.bmm",
+        "aten.baddbmm_": "aten.bmm",
     }
+    counted: dict[str, dict[str, float]] = defaultdict(Counter)
+    for module, ops in counter.flop_counts.items():
+        for op, flops in ops.items():
+            counted[module][plain.get(str(op), str(op))] += flops / ids_BS.numel()
+    return counted
 
 
 def attention_blocks(seq_length: int) -> float:
