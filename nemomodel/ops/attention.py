@@ -38,16 +38,17 @@ def _attend(q_BHSP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor) -> Tensor:
     return _BlockedAttention.apply(q_BHSP, k_BGSP, v_BGSP)
 
 
-CPU_BLOCK = 64
-"""Queries at a time on a CPU: few enough that the scores stay in cache."""
+CPU_BLOCK_BYTES = 256
+"""Queries at a time on a CPU, times the size of a number: few enough that their scores stay in
+cache, enough for fast products."""
 
 
 class _BlockedAttention(torch.autograd.Function):
     """Causal attention by blocks of queries, each against the keys up to its last one.
 
-    Twice as fast on a CPU as PyTorch's kernel there, whose backward pass is slow. The query
-    heads of a group are rows of one product with its keys, which are never repeated. Keeps the
-    inputs and the output; scores are formed again in the backward pass.
+    Faster than PyTorch's kernel for a CPU (docs/performance.md). The query heads of a group are
+    rows of one product with its keys, which are never repeated. Keeps the inputs alone; scores are
+    formed again in the backward pass.
     """
 
     @staticmethod
@@ -57,7 +58,7 @@ class _BlockedAttention(torch.autograd.Function):
         q, k, v = _fold(q, k, v)
         y = torch.empty_like(q)
         for start, stop in _blocks(q):
-            p = _probabilities(q, k, start, stop).to(v.dtype)
+            p = _probabilities(q, k, start, stop, dtype=v.dtype)
             y[:, :, start:stop] = (p.flatten(1, 2) @ v[:, :stop]).view_as(y[:, :, start:stop])
         return _unfold(y, B)
 
@@ -71,7 +72,7 @@ class _BlockedAttention(torch.autograd.Function):
         dk, dv = (torch.zeros_like(t, dtype=wide) for t in (k, v))
         for start, stop in _blocks(q):
             q_block, dy_block = (t[:, :, start:stop].flatten(1, 2) for t in (q, dy))
-            p = _probabilities(q, k, start, stop).flatten(1, 2)
+            p = _probabilities(q, k, start, stop, dtype=wide).flatten(1, 2)
             add_product(dv[:, :stop], p.to(dy.dtype).mT, dy_block)
             dp = (dy_block @ v[:, :stop].mT).to(wide)
             ds = torch._softmax_backward_data(dp, p, -1, wide).to(q.dtype)
@@ -97,18 +98,18 @@ def _unfold(q: Tensor, B: int) -> Tensor:
 
 
 def _blocks(q: Tensor) -> list[tuple[int, int]]:
-    S = q.shape[2]
-    return [(start, min(start + CPU_BLOCK, S)) for start in range(0, S, CPU_BLOCK)]
+    S, size = q.shape[2], CPU_BLOCK_BYTES // q.element_size()
+    return [(start, min(start + size, S)) for start in range(0, S, size)]
 
 
-def _probabilities(q: Tensor, k: Tensor, start: int, stop: int) -> Tensor:
-    """softmax(q k^T / sqrt(P)) of queries start..stop, wide: [B * G, h, stop - start, stop]."""
+def _probabilities(q: Tensor, k: Tensor, start: int, stop: int, *, dtype: torch.dtype) -> Tensor:
+    """softmax(q k^T / sqrt(P)) of queries start..stop: [B * G, h, stop - start, stop]."""
     q_block = q[:, :, start:stop]
     scores = scaled_product(q_block.flatten(1, 2), k[:, :stop].mT, q.shape[-1] ** -0.5)
-    scores = scores.to(accumulator(q.dtype)).view(*q_block.shape[:3], stop)
+    scores = scores.view(*q_block.shape[:3], stop)
     later = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
     scores[..., start:].masked_fill_(later, -torch.inf)
-    return scores.softmax(-1)
+    return scores.softmax(-1, dtype=dtype)  # wide inside
 
 
 def _attend_varlen(q_SBHP: Tensor, k_SBGP: Tensor, v_SBGP: Tensor, documents: Documents) -> Tensor:

@@ -82,7 +82,7 @@ class _Embedding(torch.autograd.Function):
         dw_rows.index_add_(0, place, dy.flatten(0, -2).to(dw_rows.dtype))
         # The table may be the largest weight there is: nothing else of its size.
         return None, accumulate_grad(
-            weight, lambda dw: dw.index_add_(0, unique, dw_rows.to(dw.dtype))
+            weight, lambda dw: dw.index_add_(0, unique, dw_rows.to(dw.dtype)), once=True
         )
 
 

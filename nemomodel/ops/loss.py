@@ -8,10 +8,14 @@ from torch import Tensor
 
 from nemomodel.ops.precision import accumulator
 from nemomodel.ops.product import add_product, product
-from nemomodel.ops.wgrad import accumulate_grad
+from nemomodel.ops.wgrad import deliver_grad
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 """Tokens whose FP32 logits exist at one time: a CPU's fit its cache, a GPU's fill its cores."""
+
+CPU_NARROW_TOKENS = 1024
+"""Tokens whose narrow logits exist at one time on a CPU, where adding a narrow product to the wide
+gradient of the head takes two passes over its size."""
 
 
 class Targets(NamedTuple):
@@ -59,41 +63,34 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, labels, weights, shard, with_grad, *hiddens):
-        wide = accumulator(weight.dtype)
-        chunk = CHUNK_TOKENS[weight.device.type]
+        wide, rows, chunk = (
+            accumulator(weight.dtype),
+            _rows(weight),
+            CHUNK_TOKENS[weight.device.type],
+        )
         need_hidden = with_grad and any(ctx.needs_input_grad[5:])
         need_weight = with_grad and ctx.needs_input_grad[0]
-        dw = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        need_grad, dw = need_hidden or need_weight, None
         d_hiddens = [torch.empty_like(h) if need_hidden else None for h in hiddens]
         sums = torch.zeros(len(hiddens), dtype=wide, device=weight.device)
         total = torch.zeros((), dtype=wide, device=weight.device)
         for i, hidden in enumerate(hiddens):
-            for start in range(0, len(hidden), chunk):
-                part = slice(start, start + chunk)
-                h, factor = hidden[part], weights[i][part].to(wide)
-                label = labels[i][part].masked_fill(factor == 0, 0)  # may be a filler like -100
-                logits = product(h, weight.T).to(wide)
-                label, here = _own_rows(label, len(weight), shard)
-                at_label = logits.gather(-1, label) * here
-                top = logits.amax(-1, keepdim=True)
-                if shard:
-                    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
-                exp = logits.sub_(top).exp_()
-                norm = exp.sum(-1, keepdim=True)
-                if shard:
-                    norm, at_label = _sum_ranks(norm, at_label, shard)
-                loss = (norm.log() + top - at_label).squeeze(-1).masked_fill_(factor == 0, 0)
-                sums[i] += loss.sum()
-                total += loss @ factor
-                if not (need_hidden or need_weight):
-                    continue
-                factor = factor.unsqueeze(-1)
-                d_logits = exp.mul_(factor / norm).scatter_add_(-1, label, -factor * here)
-                d_logits = d_logits.to(h.dtype)
+            for start in range(0, len(hidden), rows):
+                these = slice(start, start + rows)
+                h, factor = hidden[these], weights[i][these].to(wide)
+                logits = product(h, weight.T)
+                by_chunk = (t.split(chunk) for t in (logits, labels[i][these], factor))
+                for part in zip(*by_chunk, strict=True):
+                    loss = _cross_entropy(*part, shard, need_grad)
+                    sums[i] += loss.sum()
+                    total += loss @ part[-1]
+                d_logits = logits  # which they have become
                 if need_hidden:
-                    d_hiddens[i][part] = product(d_logits, weight)
+                    d_hiddens[i][these] = product(d_logits, weight)
                 if need_weight:
-                    add_product(dw, d_logits.T, h)
+                    dw = _add_product(dw, d_logits.T, h)
+        if need_weight and dw is None:
+            dw = torch.zeros_like(weight)
         ctx.weight = weight
         ctx.save_for_backward(dw, *d_hiddens)
         ctx.mark_non_differentiable(sums)
@@ -102,11 +99,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total, _):
         dw, *d_hiddens = ctx.saved_tensors
-        d_weight = None
-        if dw is not None:
-            d_weight = accumulate_grad(ctx.weight, lambda grad: grad.addcmul_(dw, d_total))
+        d_weight = None if dw is None else deliver_grad(ctx.weight, dw, d_total)
         scaled = (d * d_total.to(d.dtype) if d is not None else None for d in d_hiddens)
         return d_weight, None, None, None, None, *scaled
+
+
+def _rows(weight: Tensor) -> int:
+    """Tokens whose logits exist at one time in the dtype of `weight`."""
+    if weight.is_cuda or weight.dtype == accumulator(weight.dtype):
+        return CHUNK_TOKENS[weight.device.type]
+    return CPU_NARROW_TOKENS
+
+
+def _cross_entropy(
+    logits_TV: Tensor, label_T: Tensor, factor_T: Tensor, shard: VocabShard | None, need_grad: bool
+) -> Tensor:
+    """The cross-entropy of each token, wide, 0 where its factor is 0. Overwrites the logits: with
+    the gradient of factor_T @ the result if that is needed."""
+    label = label_T.masked_fill(factor_T == 0, 0)  # may be a filler like -100
+    label, here = _own_rows(label, logits_TV.shape[1], shard)
+    logits = logits_TV.to(factor_T.dtype)
+    at_label = logits.gather(-1, label) * here
+    top = logits.amax(-1, keepdim=True)
+    if shard:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
+    exp = logits.sub_(top).exp_()
+    norm = exp.sum(-1, keepdim=True)
+    if shard:
+        norm, at_label = _sum_ranks(norm, at_label, shard)
+    if need_grad:
+        factor = factor_T.unsqueeze(-1)
+        logits_TV.copy_(exp.mul_(factor / norm).scatter_add_(-1, label, -factor * here))
+    return (norm.log() + top - at_label).squeeze(-1).masked_fill_(factor_T == 0, 0)
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, wide from the second product on."""
+    if total is None:
+        return product(a, b)
+    total = total.to(accumulator(a.dtype))
+    add_product(total, a, b)
+    return total
 
 
 def _own_rows(

@@ -110,7 +110,8 @@ def hand_back(
     after, d_whole = [], []
     for j in reversed(range(len(added))):
         after.append(d_state.to(added.dtype))
-        d_whole.append((d_state * wide(states[j])).sum((-3, -1)).mul_(whole[j]))
+        # In two steps: compiled, one over both would go down the heads with a stride.
+        d_whole.append((d_state * wide(states[j])).sum(-1).sum(-2).mul_(whole[j]))
         d_state = torch.addcmul(wide(added[j]), d_state, whole[j, :, :, None, :, None])
     return torch.stack(after[::-1]), torch.stack(d_whole[::-1]), d_state
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from nemomodel.ops.precision import accumulator
 
 
-def deliver_grad(weight: Tensor, grad: Tensor) -> Tensor | None:
-    """Hand `grad` to `weight`, and return what `backward` returns for it.
+def deliver_grad(weight: Tensor, grad: Tensor, factor: Tensor | None = None) -> Tensor | None:
+    """Hand `grad`, times a scalar, to `weight`, and return what `backward` returns for it.
 
     A parameter with an FP32 `main_grad` buffer (given by the data-parallel wrapper) collects
     its gradient there, over micro-batches and repeated uses, so no gradient is rounded to the
@@ -23,16 +23,26 @@ def deliver_grad(weight: Tensor, grad: Tensor) -> Tensor | None:
     assert weight.requires_grad, "deliver_grad: needs the parameter itself, not a detached copy"
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
-        return grad.to(weight.dtype)
-    main_grad.add_(grad)  # accumulates in FP32 whatever the dtype of grad
+        return (grad if factor is None else grad * factor).to(weight.dtype)
+    if factor is None:
+        main_grad.add_(grad)  # accumulates in FP32 whatever the dtype of grad
+    else:
+        main_grad.addcmul_(grad, factor)
     return _delivered(weight)
 
 
-def accumulate_grad(weight: Tensor, add: Callable[[Tensor], None]) -> Tensor | None:
-    """`deliver_grad` for what adds to a wide buffer in weight's shape by itself."""
+def accumulate_grad(
+    weight: Tensor, add: Callable[[Tensor], None], *, once: bool = False
+) -> Tensor | None:
+    """`deliver_grad` for what adds to a buffer in weight's shape by itself.
+
+    Args:
+        once: to no element twice, so that the buffer need not be wide.
+    """
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
-        grad = torch.zeros(weight.shape, dtype=accumulator(weight.dtype), device=weight.device)
+        dtype = weight.dtype if once else accumulator(weight.dtype)
+        grad = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         add(grad)
         return grad.to(weight.dtype)
     add(main_grad)

@@ -18,7 +18,7 @@ from nemomodel.model.count import describe, layer_flops, parameter_shapes
 from nemomodel.model.init import initialize
 from nemomodel.model.nemotron import Nemotron
 from nemomodel.ops import product
-from nemomodel.ops.attention import CPU_BLOCK
+from nemomodel.ops.attention import CPU_BLOCK_BYTES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ["tiny", "small", "nano_30b", "nano_4b", "super_120b", "ultra_550b"]
@@ -234,8 +234,9 @@ def run_and_count_flops(config: Config, *, train: bool) -> dict[str, dict[str, f
 
 def attention_blocks(seq_length: int) -> float:
     """What causal attention by blocks of queries computes, over the exact triangle."""
-    starts = range(0, seq_length, CPU_BLOCK)
-    blocks = [(start, min(start + CPU_BLOCK, seq_length)) for start in starts]
+    size = CPU_BLOCK_BYTES // 4  # FP32
+    starts = range(0, seq_length, size)
+    blocks = [(start, min(start + size, seq_length)) for start in starts]
     return 2 * sum((stop - start) * stop for start, stop in blocks) / seq_length**2
 
 
