@@ -63,11 +63,8 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, labels, weights, shard, with_grad, *hiddens):
-        wide, rows, chunk = (
-            accumulator(weight.dtype),
-            _rows(weight),
-            CHUNK_TOKENS[weight.device.type],
-        )
+        wide, rows = accumulator(weight.dtype), _rows(weight)
+        chunk = CHUNK_TOKENS[weight.device.type]
         need_hidden = with_grad and any(ctx.needs_input_grad[5:])
         need_weight = with_grad and ctx.needs_input_grad[0]
         need_grad, dw = need_hidden or need_weight, None
@@ -77,13 +74,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i, hidden in enumerate(hiddens):
             for start in range(0, len(hidden), rows):
                 these = slice(start, start + rows)
-                h, factor = hidden[these], weights[i][these].to(wide)
+                h, label, factor = hidden[these], labels[i][these], weights[i][these].to(wide)
                 logits = product(h, weight.T)
-                by_chunk = (t.split(chunk) for t in (logits, labels[i][these], factor))
-                for part in zip(*by_chunk, strict=True):
-                    loss = _cross_entropy(*part, shard, need_grad)
+                by_chunk = (t.split(chunk) for t in (logits, label, factor))
+                for logits_c, label_c, factor_c in zip(*by_chunk, strict=True):
+                    loss = _cross_entropy(logits_c, label_c, factor_c, shard, need_grad)
                     sums[i] += loss.sum()
-                    total += loss @ part[-1]
+                    total += loss @ factor_c
                 d_logits = logits  # which they have become
                 if need_hidden:
                     d_hiddens[i][these] = product(d_logits, weight)
@@ -114,8 +111,10 @@ def _rows(weight: Tensor) -> int:
 def _cross_entropy(
     logits_TV: Tensor, label_T: Tensor, factor_T: Tensor, shard: VocabShard | None, need_grad: bool
 ) -> Tensor:
-    """The cross-entropy of each token, wide, 0 where its factor is 0. Overwrites the logits: with
-    the gradient of factor_T @ the result if that is needed."""
+    """The cross-entropy of each token, in the dtype of its factor, and 0 where that is 0.
+
+    Overwrites the logits: where gradients are needed, by that of the weighted sum.
+    """
     label = label_T.masked_fill(factor_T == 0, 0)  # may be a filler like -100
     label, here = _own_rows(label, logits_TV.shape[1], shard)
     logits = logits_TV.to(factor_T.dtype)

@@ -624,6 +624,18 @@ def test_cross_entropy_in_chunks_equals_the_oracle(
     assert_same(run(case.op, inputs), run(case.oracle, inputs), limit=1e-10)
 
 
+@pytest.mark.parametrize("rows", [4, 7, 10], ids=lambda n: f"{n}-tokens")
+def test_narrow_cross_entropy_by_several_products(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each product of the head is for some tokens, and the FP32 logits for fewer."""
+    monkeypatch.setattr(loss_module, "CPU_NARROW_TOKENS", rows)
+    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", 3)
+    case = cross_entropy_case(3, masked=(0, 4, 9))
+    inputs = in_format(case, torch.bfloat16)
+    assert_same(run(case.op, inputs), run(case.oracle, in_float64(inputs)), limit=1e-2)
+
+
 def test_cross_entropy_sums_are_unweighted_and_per_head() -> None:
     hidden_TD, weight, label_T = draw(2, 6, 4), draw(9, 4), torch.randint(9, (6,))
     factors = torch.tensor([[2.0, 0, 0.5, 1, 0, 3], [0, 0, 0, 0, 0, 0.1]]).double()
